@@ -16,6 +16,7 @@ from support.equal_runs import (
     events,
     failure_with_a_damaged_clip,
     first_gradients,
+    first_gradients_in_small_messages,
     notes,
 )
 from support.runs import METHODS, PLACEHOLDER, RunFile, layout_of
@@ -42,7 +43,9 @@ def test_gradients_are_those_of_one_process(
     one = first_gradients(tmp_path / "run.yaml", settings)
     assert len(one) > 10
     for processes in (2, 4):
-        all_equal, *others = together(processes, first_gradients, tmp_path / "run.yaml", settings)
+        all_equal, *others = together(
+            processes, first_gradients_in_small_messages, tmp_path / "run.yaml", settings
+        )
         for other in others:
             assert all(torch.equal(all_equal[name], other[name]) for name in one)
         assert all_equal.keys() == one.keys()
@@ -83,7 +86,11 @@ SHARED = {
     "dropout": ["method.dropout=0.3"],
     "embedding": METHODS["embedding"],
     "embedding and adapters": [PLACEHOLDER],
-    "weights with Kahan sums": ["method={kind: fine_tune, weights: kahan}", "model.dtype=bfloat16"],
+    "weights with Kahan sums": [
+        "method={kind: fine_tune, weights: kahan}",
+        "model.dtype=bfloat16",
+        "parallel.weights=replicated",
+    ],
     "no cache": ["video_data.cache=false"],
 }
 

@@ -24,7 +24,7 @@ from onewan.train import steps
 from onewan.train.run import Run
 from onewan.train.saved_state import read_optimizer
 from onewan.train.setup import WanModelSetup
-from onewan.train.step import StepMetrics, backward, sum_gradients
+from onewan.train.step import StepMetrics, whole_gradients
 from onewan.train.trainer import WanTrainer
 from support.runs import METHODS, RunFile, layout_of, leaves
 from support.torchrun import together, train
@@ -191,10 +191,8 @@ def first_gradients(
         ranks.prepare(run.division.connected)
         expert = run.schedule.expert_at(0)
         step = run.loader.step(0, *expert, run.part)
-        losses = backward(run, step, run.bring_expert(expert[0]))
         trainables = run.state.trainables_of(expert[0])
-        if len(run.group.ranks) > 1:
-            sum_gradients(run, trainables)
+        losses = whole_gradients(run, step, run.bring_expert(expert[0]), trainables)
         own = sum(map(float, [*losses.losses, *losses.preservation]))
         # Those that share the tokens of clips have the same loss.
         every = ranks.gathered(own)
@@ -206,6 +204,17 @@ def first_gradients(
                 if parameter.grad is not None:
                     found[f"{trainable.name}:{number}"] = parameter.grad
         return found
+
+
+def first_gradients_in_small_messages(
+    run_yaml: Path, overrides: Sequence[str]
+) -> dict[str, torch.Tensor]:
+    """The same in one of several processes. Many of their messages leave during the backward pass,
+    in which those of so small a model are not large enough for one otherwise."""
+    from onewan.parallel import bucket_sums
+
+    bucket_sums.SUM_NUMBERS = 2000
+    return first_gradients(run_yaml, overrides)
 
 
 def failure_with_a_damaged_clip(run_yaml: Path, overrides: Sequence[str], rank: int) -> str:

@@ -270,3 +270,35 @@ def test_compiled_parts_are_compiled_once_for_all_blocks_addresses_and_sizes(
     longer = {**inputs(), "x_BCFHW": torch.randn(2, 16, 5, 4, 6)}
     predict_velocity(first, **longer).mean().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_gradients_of_a_block_do_not_change_after_it_is_complete(
+    base: WanTransformer, trained: str, checkpointing: bool, chunks: int
+) -> None:
+    """Those of two batches that go through the blocks together, behind a pass before."""
+    model = with_runner(transformer(base, torch.bfloat16, trained), chunks=chunks)
+    runner = model.block_runner
+    assert isinstance(runner, CheckpointedBlocks)
+    runner.checkpointing = checkpointing
+    given = inputs()
+    batch = NoisyLatents(x=given["x_BCFHW"], t=given["t_B"], text=given["text_BLD"])
+
+    def gradients(index: int) -> dict[str, Tensor]:
+        named = model.blocks[index].named_parameters()
+        return {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    complete: dict[int, dict[str, Tensor]] = {}
+    for callback in (None, lambda index: complete.update({index: gradients(index)})):
+        runner.complete = callback
+        predictions = predict_velocities(model, [batch, batch], dtype=torch.bfloat16)
+        torch.autograd.backward([p.square().mean() for p in predictions])
+    # Nothing before the first block has a gradient beside frozen weights, so that autograd does
+    # not reach its beginning where it keeps everything.
+    reached = [2, 1] if (trained, checkpointing) == ("lora", False) else [2, 1, 0]
+    assert list(complete) == reached
+    for index, found in complete.items():
+        assert found
+        assert_same_bits(found, gradients(index))

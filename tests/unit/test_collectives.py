@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
+import torch.distributed as dist
 
+from onewan.arithmetic import collectives
 from onewan.arithmetic.collectives import (
     SUM_NUMBERS,
     Network,
@@ -14,6 +19,8 @@ from onewan.arithmetic.collectives import (
     steps_of_telling,
     sums_of,
 )
+from onewan.parallel import bucket_sums
+from onewan.parallel.bucket_sums import BucketSums
 
 NETWORK = Network(within=100.0, between=10.0, machine_size=4, delay=0.5)
 
@@ -51,9 +58,30 @@ def test_a_sum_takes_the_time_of_its_bytes_and_its_messages() -> None:
     assert two - one == pytest.approx(2 * 0.5 + 4 / 100, rel=1e-4)
 
 
-def test_the_number_of_messages_is_that_of_the_connection() -> None:
-    from onewan.parallel.connection import _buckets
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
-    tensors = [torch.empty(size, device="meta") for size in [SUM_NUMBERS // 4] * 9]
-    assert len(list(_buckets(tensors))) == sums_of(sum(t.numel() for t in tensors)) == 3
-    assert sums_of(0) == len(list(_buckets([]))) == 0
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 9])
+def test_the_number_of_messages_is_that_of_the_sums(
+    monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    for module in (collectives, bucket_sums):
+        monkeypatch.setattr(module, "SUM_NUMBERS", 100)
+    sent = list[torch.Tensor]()
+
+    def sendable(flat: torch.Tensor) -> torch.Tensor:
+        sent.append(flat)
+        return flat
+
+    assert dist.group.WORLD is not None
+    own = BucketSums(dist.group.WORLD, sendable, contextlib.nullcontext)
+    tensors = [torch.ones(25) for _ in range(count)]
+    for half in (tensors[: count // 2], tensors[count // 2 :]):  # in as many calls as one likes
+        own.send(half)
+    own.finish()
+    assert len(sent) == sums_of(sum(tensor.numel() for tensor in tensors)) == -(-count // 4)

@@ -21,7 +21,8 @@ except that chunks sum gradients of feed-forward weights in another order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,13 +82,14 @@ class CheckpointedBlocks:
     """Whether the inputs of blocks are kept in host memory."""
     offload_attention: bool = False
     """Whether attention outputs that are kept are in host memory."""
+    complete: Callable[[int], None] | None = None
+    """Called with the index of each block when a backward pass has added what it adds to the
+    gradients of the block's parameters; blocks that it does not reach are left out."""
 
     def run(self, hidden: list[Tensor], inputs: Sequence[BlockInputs]) -> list[Tensor]:
         """The hidden states after the last block, for each batch. Empties `hidden`."""
         if torch.is_grad_enabled() and not self.checkpointing:
-            return [
-                self._recorded(states, batch) for states, batch in zip(hidden, inputs, strict=True)
-            ]
+            return self._recorded(hidden, inputs)
         current = _ForwardPass(self, list(inputs), hidden)
         if current.first < len(self.blocks):
             self.store.clear()  # what a pass has left whose backward pass failed
@@ -102,10 +104,16 @@ class CheckpointedBlocks:
                 )  # pyright: ignore[reportArgumentType]
         return states
 
-    def _recorded(self, hidden: Tensor, inputs: BlockInputs) -> Tensor:
-        for block in self.blocks:
-            hidden = self.computation.differentiable(block, hidden, inputs)
-        return hidden
+    def _recorded(self, hidden: Sequence[Tensor], inputs: Sequence[BlockInputs]) -> list[Tensor]:
+        ends = None if self.complete is None else _Ends(self.complete, len(inputs))
+        results = list[Tensor]()
+        for states, batch in zip(hidden, inputs, strict=True):
+            for index, block in enumerate(self.blocks):
+                if ends is not None:
+                    states = _Begin.apply(ends, index, states)
+                states = self.computation.differentiable(block, states, batch)
+            results.append(states)
+        return results
 
 
 class _ForwardPass:
@@ -116,6 +124,7 @@ class _ForwardPass:
     ) -> None:
         self._runner = runner
         self._computation = runner.computation
+        self._complete = runner.complete
         self._inputs = inputs
         self._device = hidden[0].device
         self._autocast = autocast_dtype(self._device)
@@ -195,6 +204,8 @@ class _ForwardPass:
                 )
             )
         runner.weights.done(index, Pass.BACKWARD)
+        if self._complete is not None:
+            self._complete(index)
         return results
 
     def input_gradients(self) -> list[Tensor | None]:
@@ -216,6 +227,40 @@ class _ForwardPass:
         # Without the cache of converted weights: each is used once in a block, and the cache would
         # keep them until the end of the forward pass.
         return torch.autocast(self._device.type, dtype=self._autocast, cache_enabled=False)
+
+
+class _Ends:
+    """Counts the batches whose backward pass has left a block."""
+
+    def __init__(self, complete: Callable[[int], None], batches: int) -> None:
+        self._complete, self._batches = complete, batches
+        self._ended = Counter[int]()
+
+    def left(self, index: int) -> None:
+        self._ended[index] += 1
+        if self._ended[index] == self._batches:
+            self._complete(index)
+
+
+class _Begin(torch.autograd.Function):
+    """The hidden states before a block, without checkpointing.
+
+    Autograd computes what was recorded last first, and accumulates the gradient of a parameter as
+    soon as it is complete. All of the block was recorded after this.
+    """
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, ends: _Ends, index: int, hidden: Tensor
+    ) -> Tensor:
+        ctx.ends, ctx.index = ends, index
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.ends.left(ctx.index)
+        return None, None, gradient
 
 
 class _Block(torch.autograd.Function):

@@ -8,7 +8,8 @@ clips (`configure`). Each transformer gets a `CheckpointedBlocks` as its runner,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,7 +63,7 @@ class BlockExecution:
         self._store = KeptActivations(device, self._allocate)
         self._stream = BlockStream(device, host=self._host) if streams else None
         self._mapped = mapped
-        self._runners: list[CheckpointedBlocks] = []
+        self._runners: dict[nn.Module, CheckpointedBlocks] = {}
         self._placements: dict[nn.Module, StreamedTransformer] = {}
 
     @property
@@ -103,7 +104,7 @@ class BlockExecution:
             store=self._store,
             weights=self._stream or ResidentWeights(),
         )
-        self._runners.append(runner)
+        self._runners[transformer] = runner
         transformer.block_runner = runner
         self._apply(runner)
         if self._stream is None:
@@ -129,7 +130,7 @@ class BlockExecution:
         if settings == self._settings:
             return
         self._settings = settings
-        for runner in self._runners:
+        for runner in self._runners.values():
             self._apply(runner)
         for placement in self._placements.values():
             placement.resident = settings.resident_blocks
@@ -137,7 +138,7 @@ class BlockExecution:
     def use_attention(self, backend: AttentionBackend) -> None:
         """Compute attention with `backend` from the next pass on."""
         self._computation = replace(self._computation, backend=backend)
-        for runner in self._runners:
+        for runner in self._runners.values():
             self._apply(runner)
 
     def announce(self, current: nn.Module, following: nn.Module) -> None:
@@ -145,6 +146,19 @@ class BlockExecution:
         are copied into the buffers that are no longer needed."""
         if current is not following and current in self._placements:
             self._placements[current].announce(self._placements[following])
+
+    @contextmanager
+    def telling(
+        self, transformer: nn.Module, complete: Callable[[int], None] | None
+    ) -> Iterator[None]:
+        """In a pass of this block, `complete` is called with the index of each block of
+        `transformer` when the backward pass has added what it adds to the block's gradients."""
+        runner = self._runners[transformer]
+        runner.complete = complete
+        try:
+            yield
+        finally:
+            runner.complete = None
 
     def close(self) -> None:
         """Free the device's buffers and end the copies."""

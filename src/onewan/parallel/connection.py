@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import io
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from onewan.arithmetic.collectives import SUM_NUMBERS
 from onewan.devices import collective_backend, is_host
 from onewan.errors import Interrupted, RankError
+from onewan.parallel.bucket_sums import BucketSums
 from onewan.parallel.meeting import meet, own_place
+from onewan.parallel.sums import NoSums, Sums
 from onewan.parallel.watch import Watch
 
 _T = TypeVar("_T")
@@ -31,8 +31,6 @@ MEETING_SECONDS = 300.0
 _PATIENT = timedelta(days=7)
 """For messages through the host. A process may take hours to answer, as the one that makes sample
 videos does; whether it can still answer is for the watch to find out."""
-_UNDERWAY = 4
-"""Messages with sums at a time, so that a copy of all gradients of a model never exists."""
 _MESSAGE = 256 << 20
 """Bytes of a message with a part of a state."""
 
@@ -114,23 +112,15 @@ class Connection:
             dist.broadcast_object_list(values, src=0, group=self._host)
         return values[0]
 
-    @torch.no_grad()
     def add(self, tensors: Sequence[Tensor], group: Sequence[int]) -> None:
+        sums = self.adding(group)
+        sums.send(tensors)
+        sums.finish()
+
+    def adding(self, group: Sequence[int]) -> Sums:
         if len(group) == 1:
-            return
-        process_group = self._groups[tuple(group)]
-        waiting = deque[_Sent]()
-        with self._naming_who_failed():
-            for bucket in _buckets(tensors):
-                flat = torch.cat([tensor.reshape(-1).float() for tensor in bucket])
-                flat = self._sendable(flat)
-                work = dist.all_reduce(flat, group=process_group, async_op=True)
-                assert work is not None
-                waiting.append(_Sent(bucket, flat, work))
-                if len(waiting) == _UNDERWAY:
-                    waiting.popleft().take_sums()
-            for sent in waiting:
-                sent.take_sums()
+            return NoSums()
+        return BucketSums(self._groups[tuple(group)], self._sendable, self._naming_who_failed)
 
     @torch.no_grad()
     def exchanged(
@@ -239,35 +229,6 @@ def _reaching() -> Iterator[None]:
             f"MASTER_PORT, from torchrun's --rdzv-endpoint; {_first(error)}); check that this "
             "is an address of the first machine, which the others can reach, and its firewall"
         ) from error
-
-
-class _Sent(NamedTuple):
-    """Tensors whose sums are on their way."""
-
-    bucket: list[Tensor]
-    flat: Tensor
-    """Their numbers, and then the sums."""
-    work: dist.Work
-
-    def take_sums(self) -> None:
-        """Wait for the sums, and write them into the tensors."""
-        self.work.wait()
-        sums = self.flat.split([tensor.numel() for tensor in self.bucket])
-        for tensor, total in zip(self.bucket, sums, strict=True):
-            tensor.copy_(total.view_as(tensor))
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The tensors in groups that are sent together, each of one device."""
-    bucket, size = list[Tensor](), 0
-    for tensor in tensors:
-        if bucket and (size + tensor.numel() > SUM_NUMBERS or tensor.device != bucket[0].device):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(tensor)
-        size += tensor.numel()
-    if bucket:
-        yield bucket
 
 
 def _first(error: BaseException) -> str:

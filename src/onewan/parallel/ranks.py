@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from onewan.errors import ConfigError
 from onewan.parallel.environment import is_started_by_torchrun
+from onewan.parallel.sums import NoSums, Sums
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +57,10 @@ class Ranks(Protocol):
         bits. Sums are computed in float32."""
         ...
 
+    def adding(self, group: Sequence[int]) -> Sums:
+        """The same for tensors that become known one after another."""
+        ...
+
     def exchanged(
         self, rows: Tensor, given: Sequence[int], taken: Sequence[int], group: Sequence[int]
     ) -> Tensor:
@@ -89,6 +94,10 @@ class Alone:
 
     def add(self, tensors: Sequence[Tensor], group: Sequence[int]) -> None:
         del tensors, group
+
+    def adding(self, group: Sequence[int]) -> Sums:
+        del group
+        return NoSums()
 
     def exchanged(
         self, rows: Tensor, given: Sequence[int], taken: Sequence[int], group: Sequence[int]

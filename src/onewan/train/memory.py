@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 import torch
@@ -158,6 +159,12 @@ class RunMemory:
     def announce(self, current: WanTransformer3DModel, following: WanTransformer3DModel) -> None:
         """As `BlockExecution.announce`."""
         self._execution.announce(current, following)
+
+    def telling(
+        self, transformer: WanTransformer3DModel, complete: Callable[[int], None] | None
+    ) -> AbstractContextManager[None]:
+        """As `BlockExecution.telling`."""
+        return self._execution.telling(transformer, complete)
 
     def close(self) -> None:
         """Free the device's buffers, and end the copies."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from onewan.dtypes import torch_dtype
 from onewan.errors import TrainingError
 from onewan.model.forward import NoisyLatents, predict_velocities
 from onewan.seeds import derive_seed
+from onewan.train.gradient_sums import GradientSums
 from onewan.train.objective import (
     NoisedBatch,
     velocity_loss,
@@ -56,9 +57,7 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
         trainable.optimizer.begin_step(step.number, run.lr_factor(trainable.name, step.number))
         for trainable in trainables
     ]
-    losses, preservation, levels = backward(run, step, trained)
-    if len(run.group.ranks) > 1:
-        sum_gradients(run, trainables)
+    losses, preservation, levels = whole_gradients(run, step, trained, trainables)
     max_norm = run.config.train.max_grad_norm
     # Without any gradient, PyTorch returns a norm of 0 on the CPU.
     norms = [update.clip_grad_norm(max_norm).to(run.device) for update in updates]
@@ -82,20 +81,19 @@ def train_step(run: Run, step: StepBatches) -> StepMetrics:
     )
 
 
-def sum_gradients(run: Run, trainables: Sequence[Trainable]) -> None:
-    """Make the gradients of `trainables` those of the whole step: their sums over the ranks that
-    have parts of it. The loss is weighted by clip, and the gradients of a rank are those of its own
-    tokens, so that a sum is what one process computes."""
+def whole_gradients(
+    run: Run, step: StepBatches, trained: TrainedExpert, trainables: Sequence[Trainable]
+) -> StepLosses:
+    """`backward`, after which `trainables` have the gradients of the whole step on each process
+    that has a part of it."""
+    ranks = run.group.ranks
+    if len(ranks) == 1:
+        return backward(run, step, trained)
     parameters = [p for trainable in trainables for p in trainable.optimizer.trained_parameters]
-    # A parameter without a gradient on any rank, such as a placeholder that no caption has, must
-    # stay without one: an optimizer treats a gradient of zeros differently.
-    present = torch.tensor([float(p.grad is not None) for p in parameters])
-    run.ranks.add([present], run.group.ranks)
-    summed = [p for p, ranks in zip(parameters, present.tolist(), strict=True) if ranks > 0]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in summed]
-    run.ranks.add(gradients, run.group.ranks)
-    for parameter, gradient in zip(summed, gradients, strict=True):
-        parameter.grad = gradient
+    sums = GradientSums(run.ranks.adding(ranks), parameters, trained.transformer.blocks)
+    losses = backward(run, step, trained, sums.complete)
+    sums.finish()
+    return losses
 
 
 class StepLosses(NamedTuple):
@@ -109,8 +107,15 @@ class StepLosses(NamedTuple):
     """Noise level of each sample."""
 
 
-def backward(run: Run, step: StepBatches, trained: TrainedExpert) -> StepLosses:
-    """Accumulate the gradients of all batches of `step` in the parameters.
+def backward(
+    run: Run,
+    step: StepBatches,
+    trained: TrainedExpert,
+    complete: Callable[[int], None] | None = None,
+) -> StepLosses:
+    """Accumulate the gradients of all batches of `step` in the parameters. `complete` is called
+    with the index of each block when no gradient of it will change any more, in the last of the
+    backward passes, as far as it goes through the blocks.
 
     Gradients have the same bits whether batches go through the transformer together or one after
     another.
@@ -126,7 +131,8 @@ def backward(run: Run, step: StepBatches, trained: TrainedExpert) -> StepLosses:
         if is_last and not preserves:
             announce_next(run, step, trained)
         noised = [noised_inputs(run, batch.to(run.device), step, trained) for batch in group]
-        losses += pass_backward(run, step, trained, noised, "dropout")
+        last = complete if is_last and not preserves else None
+        losses += pass_backward(run, step, trained, noised, "dropout", complete=last)
         levels += [level for inputs in noised for level in inputs.sample.t_host]
         if preserves:
             # A pass of its own, so that what the first one keeps for its gradients is gone.
@@ -134,8 +140,9 @@ def backward(run: Run, step: StepBatches, trained: TrainedExpert) -> StepLosses:
             if is_last:
                 announce_next(run, step, trained)
             weight = run.config.train.preservation_weight
+            last = complete if is_last else None
             preservation += pass_backward(
-                run, step, trained, kept, "dropout of preservation", weight
+                run, step, trained, kept, "dropout of preservation", weight, complete=last
             )
     return StepLosses(losses, preservation, tuple(levels))
 
@@ -147,9 +154,11 @@ def pass_backward(
     noised: Sequence[NoisedInputs],
     purpose: str,
     weight: float = 1.0,
+    complete: Callable[[int], None] | None = None,
 ) -> list[Tensor]:
     """Predict batches of `step` together and accumulate the gradients of `weight` times their
-    losses; returns these. `purpose` keys the draws of dropout."""
+    losses; returns these. `purpose` keys the draws of dropout. `complete` is called with the index
+    of each block behind its backward pass."""
     if run.dropout:
         counters = (step.number, noised[0].batch.first_sample_index)
         # Seeded for each group, so that a resumed run draws the same dropout. Processes that share
@@ -157,16 +166,17 @@ def pass_backward(
         if run.tokens.count > 1:
             counters += (run.tokens.number,)
         torch.manual_seed(derive_seed(run.config.train.seed, purpose, *counters))
-    predictions = predict(run, trained, noised)
-    # Every sample has the same weight, although the last batch of a bucket may be smaller.
-    weighted = [
-        compute_loss(run, inputs.sample, prediction)
-        * (weight * len(inputs.batch) / step.global_size)
-        for inputs, prediction in zip(noised, predictions, strict=True)
-    ]
-    # Without a gradient if only placeholders are trained and no caption contains one.
-    if differentiable := [loss for loss in weighted if loss.requires_grad]:
-        torch.autograd.backward(differentiable)
+    with run.memory.telling(trained.transformer, complete):
+        predictions = predict(run, trained, noised)
+        # Every sample has the same weight, although the last batch of a bucket may be smaller.
+        weighted = [
+            compute_loss(run, inputs.sample, prediction)
+            * (weight * len(inputs.batch) / step.global_size)
+            for inputs, prediction in zip(noised, predictions, strict=True)
+        ]
+        # Without a gradient if only placeholders are trained and no caption contains one.
+        if differentiable := [loss for loss in weighted if loss.requires_grad]:
+            torch.autograd.backward(differentiable)
     return [loss.detach() for loss in weighted]
 
 

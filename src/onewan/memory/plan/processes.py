@@ -49,7 +49,7 @@ def divided(
     time = run_time(of_part, buckets, clips, plan.machine, resident)
     network = network or Network(within=plan.machine.bus, between=plan.machine.bus)
     summed = _summed_numbers(costs) if division.parts > 1 else 0
-    # None of the sums begins before the backward pass is complete (`sum_gradients`).
+    # A bound: most of it travels during the backward pass, if the network is fast (`GradientSums`).
     summing = max(network.seconds_of_sum(summed, group.ranks) for group in division.groups)
     step, count = time.step + summing, sum(len(group.ranks) for group in division.groups)
     at_a_time, unpaired = time.steps, 0
