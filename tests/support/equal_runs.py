@@ -22,9 +22,9 @@ from onewan.parallel.ranks import join
 from onewan.runs.event_file import read_events
 from onewan.train import steps
 from onewan.train.run import Run
-from onewan.train.saved_state import read_optimizer
 from onewan.train.setup import WanModelSetup
 from onewan.train.step import StepMetrics, whole_gradients
+from onewan.train.trainable_files import saved_averages, saved_optimizer, saved_weights
 from onewan.train.trainer import WanTrainer
 from support.runs import METHODS, RunFile, layout_of, leaves
 from support.torchrun import together, train
@@ -129,14 +129,26 @@ def assert_equal(one: ResolvedRun, other: ResolvedRun) -> None:
 
 
 def vectors(config: ResolvedRun) -> dict[str, torch.Tensor]:
-    """All numbers of each file of states and exports, one after another, as float64."""
-    found = dict[str, torch.Tensor]()
-    for name, path in files(config).items():
-        if path.suffix == ".json":
-            continue
-        content = load_file(path) if path.suffix == ".safetensors" else read_optimizer(path).weights
-        found[name] = torch.cat([t.flatten().double() for _, t in leaves(content, "")])
-    return found
+    """All numbers of each part of states and of each exported file, one after another, as float64.
+    It makes no difference whether a state has shards or whole tensors."""
+    layout, found = layout_of(config), dict[str, Any]()
+    for step in layout.saved_steps():
+        state = layout.state(step)
+        for file in state.glob("*_optimizer.pt"):
+            name = file.name.removesuffix("_optimizer.pt")
+            found[f"{step}/{name}"] = saved_weights(state, name, None)
+            found[f"{step}/{name}_ema"] = saved_averages(state, name, None, required=False) or {}
+            found[f"{step}/{name}_optimizer"] = saved_optimizer(state, name, None).weights
+    found |= {path.name: load_file(path) for path in layout.weights_dir.rglob("*.safetensors")}
+    return {
+        name: torch.cat([t.flatten().double() for _, t in sorted(leaves(content, ""), key=_first)])
+        for name, content in found.items()
+        if content
+    }
+
+
+def _first(pair: tuple[str, torch.Tensor]) -> str:
+    return pair[0]
 
 
 def assert_close(one: ResolvedRun, other: ResolvedRun, tolerance: float) -> None:
@@ -188,7 +200,6 @@ def first_gradients(
     config = load_run(run_yaml, list(overrides))
     with join(HOST, 60.0) as ranks:
         run = WanModelSetup(config, ranks=ranks).build()
-        ranks.prepare(run.division.connected)
         expert = run.schedule.expert_at(0)
         step = run.loader.step(0, *expert, run.part)
         trainables = run.state.trainables_of(expert[0])
@@ -200,9 +211,13 @@ def first_gradients(
         if also is not None:
             found |= also(run, step)
         for trainable in trainables:
-            for number, parameter in enumerate(trainable.optimizer.trained_parameters):
-                if parameter.grad is not None:
-                    found[f"{trainable.name}:{number}"] = parameter.grad
+            for name, parameter in trainable.weights.parameters.items():
+                gradient: Any = parameter.grad
+                if trainable.sharding is not None and name in trainable.sharding.shapes:
+                    shape = trainable.sharding.shapes[name]
+                    gradient = trainable.sharding.group.sharded(gradient, shape).full_tensor()
+                if gradient is not None:
+                    found[f"{trainable.name}:{name}"] = gradient
         return found
 
 

@@ -127,8 +127,8 @@ def test_both_ways_together_multiply(plan) -> None:
     found = processes(plan("t2v-a14b", 8, "train.accumulation=4"))
     assert found.side_by_side and found.parts == 4
     assert found.division == (
-        "8 processes, both experts trained at the same time, 4 for each expert with parts of a "
-        "step's clips"
+        "8 processes, both experts trained at the same time, 4 for each expert with a part of "
+        "every step's clips"
     )
     assert 7.8 < found.alone / found.total < 8
 

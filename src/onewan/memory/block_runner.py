@@ -47,7 +47,13 @@ from onewan.model.precision import autocast_dtype
 
 
 class WeightSource(Protocol):
-    """Brings the weights of single blocks to the device (`onewan.memory.streaming`)."""
+    """Brings the weights of single blocks to the device (`onewan.memory.streaming`), or gathers
+    them from other processes (`onewan.memory.sharded_blocks`)."""
+
+    def begin(self, first: int) -> None:
+        """A pass begins, whose backward pass reaches block `first`; with the number of blocks,
+        there is none. Returns when the pass may be computed."""
+        ...
 
     def use(self, index: int) -> None:
         """Bind the weights of block `index` to device memory."""
@@ -60,6 +66,9 @@ class WeightSource(Protocol):
 
 class ResidentWeights:
     """All weights are on the device already."""
+
+    def begin(self, first: int) -> None:
+        del first
 
     def use(self, index: int) -> None:
         del index
@@ -91,6 +100,7 @@ class CheckpointedBlocks:
         if torch.is_grad_enabled() and not self.checkpointing:
             return self._recorded(hidden, inputs)
         current = _ForwardPass(self, list(inputs), hidden)
+        self.weights.begin(current.first)
         if current.first < len(self.blocks):
             self.store.clear()  # what a pass has left whose backward pass failed
         states = list(hidden)

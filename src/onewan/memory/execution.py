@@ -8,9 +8,10 @@ clips (`configure`). Each transformer gets a `CheckpointedBlocks` as its runner,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -26,6 +27,10 @@ from onewan.memory.streamed_transformer import StreamedTransformer
 from onewan.memory.streaming import BlockStream
 from onewan.model.attention_backends import AttentionBackend
 from onewan.model.transformer import WanTransformer
+
+if TYPE_CHECKING:  # a run of one process imports nothing of torch.distributed
+    from onewan.memory.sharded_blocks import Passes, ShardedTransformer
+    from onewan.parallel.shards import ShardGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,12 +53,14 @@ class BlockExecution:
         computation: BlockComputation | None = None,
         streams: bool = False,
         mapped: bool = False,
+        shards: ShardGroup | None = None,
     ) -> None:
         """`settings` apply until `configure`. `computation` has what does not depend on the size of
         the clips. With `streams`, frozen weights of blocks have their masters in memory of `host`
         and come to the device when they are needed; otherwise a transformer is moved as a whole,
         and all settings have all of its blocks resident. With `mapped` there are no masters:
-        weights are gathered from where they are, such as a mapped file, each time."""
+        weights are gathered from where they are, such as a mapped file, each time. With `shards`,
+        each process of that group has a part of each block's weights on the device."""
         self._device = device
         self._settings = settings
         self._host = host or HostMemory(device)
@@ -65,6 +72,9 @@ class BlockExecution:
         self._mapped = mapped
         self._runners: dict[nn.Module, CheckpointedBlocks] = {}
         self._placements: dict[nn.Module, StreamedTransformer] = {}
+        self._shards = shards
+        self._passes = None if shards is None else _passes(shards)
+        self._sharded: dict[nn.Module, ShardedTransformer] = {}
 
     @property
     def settings(self) -> Settings:
@@ -85,6 +95,27 @@ class BlockExecution:
             to_host += self._stream.bytes_to_host
         return CopiedBytes(to_device=to_device, to_host=to_host)
 
+    def shard(
+        self, transformer: WanTransformer, replicated: Collection[nn.Parameter]
+    ) -> ShardedTransformer | None:
+        """Shard the weights of the blocks of `transformer`, but not `replicated` ones; None if this
+        process has all weights. To be called before `add`, which does it otherwise."""
+        if self._shards is None or self._passes is None:
+            return None
+        from onewan.memory.sharded_blocks import ShardedTransformer
+
+        if transformer not in self._sharded:
+            self._sharded[transformer] = ShardedTransformer(
+                transformer, self._device, self._shards, self._passes, replicated
+            )
+        return self._sharded[transformer]
+
+    def finish_passes(self) -> None:
+        """Return when no process that shares shards has a pass left, and all sums of gradients are
+        there. To be called by all of them, behind what each computes by itself."""
+        if self._passes is not None:
+            self._passes.finish()
+
     def add(
         self,
         transformer: WanTransformer,
@@ -99,14 +130,17 @@ class BlockExecution:
         updates the blocks' own weights behind their backward pass, if they are trained and
         streamed; without it, trained weights stay on the device.
         """
+        sharded = self.shard(transformer, ())
         runner = CheckpointedBlocks(
             blocks=list(transformer.blocks),  # pyright: ignore[reportArgumentType]
             store=self._store,
-            weights=self._stream or ResidentWeights(),
+            weights=sharded or self._stream or ResidentWeights(),
         )
         self._runners[transformer] = runner
         transformer.block_runner = runner
         self._apply(runner)
+        if sharded is not None:
+            return sharded
         if self._stream is None:
             return WholeModule(transformer, self._device)
         blocks = list(transformer.blocks)
@@ -178,3 +212,9 @@ class BlockExecution:
 
     def _allocate(self, size: int) -> torch.Tensor:
         return self._activations.allocate(size).tensor
+
+
+def _passes(shards: ShardGroup) -> Passes:
+    from onewan.memory.sharded_blocks import Passes
+
+    return Passes(shards)

@@ -153,6 +153,10 @@ class BlockStream:
 
     # ---------------------------------------------------------------------- the blocks
 
+    def begin(self, first: int) -> None:
+        """Nothing has to be waited for."""
+        del first
+
     def use(self, index: int) -> None:
         """Bind the weights of block `index` to memory on the device, and make the stream of the
         computations wait for their copy.

@@ -9,18 +9,20 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from onewan.devices import collective_backend, is_host
 from onewan.errors import Interrupted, RankError
 from onewan.parallel.bucket_sums import BucketSums
 from onewan.parallel.meeting import meet, own_place
+from onewan.parallel.shards import ShardGroup
 from onewan.parallel.sums import NoSums, Sums
 from onewan.parallel.watch import Watch
 
@@ -38,8 +40,11 @@ _MESSAGE = 256 << 20
 class Connection:
     """This process, connected with the others of its run."""
 
-    def __init__(self, rank: int, count: int, backend_devices: frozenset[str]) -> None:
+    def __init__(
+        self, rank: int, count: int, device: torch.device, backend_devices: frozenset[str]
+    ) -> None:
         self.rank, self.count = rank, count
+        self._device = device
         self._groups: dict[tuple[int, ...], Any] = {tuple(range(count)): dist.group.WORLD}
         self._backend_devices = backend_devices
         self._host: dist.ProcessGroup | None = None
@@ -72,7 +77,7 @@ class Connection:
                 timeout=timedelta(seconds=timeout),
                 device_id=None if backend is None else device,
             )
-        self = cls(rank, count, devices)
+        self = cls(rank, count, device, devices)
         try:
             with self._naming_who_failed():
                 # Its own connection: others wait in theirs until a key is there.
@@ -140,6 +145,22 @@ class Connection:
                 group=self._groups[tuple(group)],
             )
         return received.to(rows.device)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return self._naming_who_failed()
+
+    def shard_group(self, members: Sequence[int], shards: int) -> ShardGroup:
+        shape = (self.count // len(members), len(members) // shards, shards)
+        with self._naming_who_failed():
+            mesh = init_device_mesh(
+                self._device.type, shape, mesh_dim_names=("experts", "replicas", "shards")
+            )
+        return ShardGroup(
+            ranks=self,
+            members=tuple(members),
+            mesh=mesh["replicas", "shards"],
+            process_group=self._groups[tuple(members)],
+        )
 
     def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
         with self._naming_who_failed():

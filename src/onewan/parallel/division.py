@@ -111,9 +111,11 @@ class Division:
 
     @property
     def connected(self) -> list[tuple[int, ...]]:
-        """The sets of ranks that send each other tensors in a step."""
+        """The sets of ranks that send each other tensors."""
         sharing = (group.sharing_clips(rank) for group in self.groups for rank in group.ranks)
-        sets = [*(group.ranks for group in self.groups), *sharing]
+        # Of two groups, those that have the same shards of either expert.
+        pairs = zip(*(group.ranks for group in self.groups), strict=True)
+        sets = [*(group.ranks for group in self.groups), *sharing, *pairs]
         return [ranks for ranks in dict.fromkeys(sets) if len(ranks) > 1]
 
     def group_of(self, rank: int) -> Group:

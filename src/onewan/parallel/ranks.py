@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from onewan.errors import ConfigError
@@ -18,6 +18,8 @@ from onewan.parallel.sums import NoSums, Sums
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from onewan.parallel.shards import ShardGroup
 
 _T = TypeVar("_T")
 
@@ -72,6 +74,15 @@ class Ranks(Protocol):
         """
         ...
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around messages that PyTorch itself sends."""
+        ...
+
+    def shard_group(self, members: Sequence[int], shards: int) -> ShardGroup:
+        """The `members`, each `shards` of which have all shards of a weight together. A call of
+        all processes of the run, with their own members and the same numbers."""
+        ...
+
     def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
         """What the process `source` gives the first one, which gets it; None for all others.
         Containers of tensors and numbers, as a file that `torch.load(weights_only=True)` reads."""
@@ -105,16 +116,23 @@ class Alone:
         del given, taken, group
         return rows
 
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def shard_group(self, members: Sequence[int], shards: int) -> ShardGroup:
+        del members, shards
+        raise AssertionError("one process has all weights")
+
     def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
         del source
         return value
 
 
 @contextmanager
-def first_alone(ranks: Ranks) -> Iterator[bool]:
+def first_alone(ranks: Ranks, *, together: bool = False) -> Iterator[bool]:
     """A block in which the first process does something that the others wait for, such as writing
-    files; it yields whether this is the first one."""
-    yield ranks.is_first
+    files, or with `together` all do something; it yields whether this one does."""
+    yield together or ranks.is_first
     ranks.from_first(None)
 
 

@@ -121,7 +121,9 @@ def _files_of_expert(
     # time only.
     def write(format: LoraFormat, path: Path) -> list[str]:
         facts = _facts(run, trainable, weight_set, trainable.lr)
-        with trainable.using(weight_set):
+        with trainable.using(weight_set), trained.whole() as is_here:
+            if not is_here:
+                return []
             if isinstance(trained.method, AdapterTraining):
                 return _write_adapter(run, trained, trained.method, path, format, facts)
             return _write_expert(run, trained, path, format, facts)

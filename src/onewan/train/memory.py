@@ -8,13 +8,14 @@ the settings of its size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from onewan.config.schema import ResolvedRun
 from onewan.data.clip import Clip
@@ -53,6 +54,10 @@ from onewan.parallel.environment import local_count
 from onewan.parallel.ranks import Ranks
 from onewan.runs.events import MemoryPlanned
 
+if TYPE_CHECKING:  # a run of one process imports nothing of torch.distributed
+    from onewan.memory.sharded_blocks import ShardedTransformer
+    from onewan.parallel.shards import ShardGroup
+
 _PINNED = {None: None, "pinned": True, "pageable": False, "mapped": False}
 """`HostMemory`'s argument for each value of `memory.host_weights`."""
 
@@ -68,9 +73,11 @@ class RunMemory:
         *,
         dropout: bool,
         notices: dict[str, None],
+        shards: ShardGroup | None = None,
     ) -> None:
         """`plan` is that of `plan_run`. With `dropout`, adapters draw random numbers in the forward
-        pass. Messages for the user are added to `notices`."""
+        pass. Messages for the user are added to `notices`. `shards` are the processes that share
+        the weights of blocks."""
         self._variant = config.model.facts()
         self._batch_size = config.train.batch_size
         self.plan = plan
@@ -79,8 +86,8 @@ class RunMemory:
         self._given = given_settings(config, layers)
         planned = [b.settings for b in plan.buckets] if plan is not None else [self._given]
         alternates = len(self._variant.experts) > 1 and config.memory.offload_inactive_expert
-        streams = any(settings.streamed(layers) for settings in planned) or (
-            plan is not None and alternates and planned[0].checkpointing
+        streams = (shards is None and any(settings.streamed(layers) for settings in planned)) or (
+            shards is None and plan is not None and alternates and planned[0].checkpointing
         )
         self._execution = BlockExecution(
             device,
@@ -97,6 +104,7 @@ class RunMemory:
             ),
             streams=streams,
             mapped=config.memory.host_weights == "mapped",
+            shards=shards,
         )
 
     @property
@@ -108,6 +116,17 @@ class RunMemory:
     def stream(self) -> BlockStream | None:
         """As `BlockExecution.stream`."""
         return self._execution.stream
+
+    def shard(
+        self, transformer: WanTransformer3DModel, replicated: Collection[nn.Parameter]
+    ) -> ShardedTransformer | None:
+        """As `BlockExecution.shard`."""
+        assert isinstance(transformer, WanTransformer)
+        return self._execution.shard(transformer, replicated)
+
+    def finish_passes(self) -> None:
+        """As `BlockExecution.finish_passes`."""
+        self._execution.finish_passes()
 
     def add(
         self,

@@ -19,10 +19,7 @@ from onewan.train.run import Run
 def overview(run: Run, layout: RunLayout) -> Overview:
     """The event that says how long `run`, in the folder of `layout`, trains, what and with what."""
     config, clips, plan = run.config, run.dataset.clips, run.memory.plan
-    parameters = {
-        trainable.name: sum(tensor.numel() for tensor in trainable.weights.present().values())
-        for trainable in run.state.trainables
-    }
+    parameters = {trainable.name: trainable.count for trainable in run.state.trainables}
     return expected_overview(config, layout, clips, parameters, plan)
 
 

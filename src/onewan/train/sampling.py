@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from onewan.errors import Interrupted, OnewanError, one_line
@@ -94,13 +95,16 @@ class SampleMaker:
         """Make the `videos` of the first process: one in each process at a time."""
         ranks = run.ranks
         videos = ranks.from_first(videos)
-        if len(videos) > 1 and run.division.side_by_side:
+        if run.division.side_by_side and run.division.is_sharded:
+            if videos:
+                _exchange_shards(run)
+        elif run.division.side_by_side and len(videos) > 1:
             _give_weights(run)
         for start in range(0, len(videos), ranks.count):
             own = videos[start : start + ranks.count][ranks.rank : ranks.rank + 1]
             # Waits for all: processes take about the same time for videos of one size, and what
             # is reported stays in the order of the videos.
-            reports = ranks.gathered([self._report_of(run, video) for video in own])
+            reports = ranks.gathered(self._reports_of(run, own))
             made = [report for part in reports for report in part]
             for report in made:
                 if report is not None:
@@ -112,6 +116,17 @@ class SampleMaker:
         folder = self._layout.samples(run.state.step)
         return folder / f"{video.name}.{run.config.sample.format}"
 
+    def _reports_of(self, run: Run, videos: Sequence[_Video]) -> list[events.Event | None]:
+        """Make this process's `videos`. Where weights are sharded it takes part in all others."""
+        with ExitStack() as weights:
+            if videos or run.division.is_sharded:
+                for trainable in _with_state(run):
+                    # For a schedule-free optimizer, "trained" selects its average.
+                    weights.enter_context(trainable.using("trained"))
+            reports = [self._report_of(run, video) for video in videos]
+            run.memory.finish_passes()
+        return reports
+
     def _report_of(self, run: Run, video: _Video) -> events.Event | None:
         """Make a video; what became of it, None if it was interrupted."""
         request, path = video.request, self._path(run, video)
@@ -121,6 +136,8 @@ class SampleMaker:
             return None
         except Exception as error:  # hours of training must not be lost to a failed preview
             if not isinstance(error, OnewanError):
+                if run.division.is_sharded:
+                    raise  # others may be in the middle of the pass that has failed
                 log.exception("sampling failed")
             return events.Warned(text=one_line(f"sampling '{request.prompt}' failed: {error}"))
         return events.Sampled(
@@ -135,17 +152,13 @@ class SampleMaker:
     def _make(self, run: Run, video: _Video, path: Path) -> None:
         sampler = WanModelSampler(run.model, residency=run.residency, distilled=run.distilled)
         run.memory.use_for_sampling()
-        with ExitStack() as weights:
-            for trainable in _with_state(run):
-                # For a schedule-free optimizer, "trained" selects its average.
-                weights.enter_context(trainable.using("trained"))
-            sampler.sample_to(
-                path,
-                video.request,
-                # While embeddings are trained, the cached text would be outdated.
-                text=None if run.config.embeddings else run.prompt_text,
-                on_step=partial(self._on_step, run.state.step, video.number),
-            )
+        sampler.sample_to(
+            path,
+            video.request,
+            # While embeddings are trained, the cached text would be outdated.
+            text=None if run.config.embeddings else run.prompt_text,
+            on_step=partial(self._on_step, run.state.step, video.number),
+        )
 
     def _on_step(self, step: int, number: int, done: int, total: int) -> None:
         self._log.emit(events.Sampling(step=step, number=number, done=done, total=total))
@@ -180,6 +193,26 @@ def _give_weights(run: Run) -> None:
             if not ranks.is_first and ranks.rank not in group.ranks:
                 trainable.settle()
                 trainable.weights.write(received, "rank 0")
+
+
+def _exchange_shards(run: Run) -> None:
+    """Give each process the shards of the other expert that it is to sample with: those of the
+    process in the other group that has the same part."""
+    ranks, groups = run.ranks, run.division.groups
+    pair = tuple(group.ranks[run.group.ranks.index(ranks.rank)] for group in groups)
+    for group in groups:
+        is_own = ranks.rank in group.ranks
+        for trainable in run.trained_by(group):
+            with ExitStack() as weights, torch.no_grad():
+                if is_own:
+                    weights.enter_context(trainable.using("trained"))
+                parameters = trainable.weights.parameters.values()
+                # A sum with zeros: the values of the one that trains it.
+                shared = [p.clone() if is_own else torch.zeros_like(p) for p in parameters]
+                ranks.add(shared, pair)
+                if not is_own:
+                    for parameter, values in zip(parameters, shared, strict=True):
+                        parameter.copy_(values)
 
 
 def _pieces(weights: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

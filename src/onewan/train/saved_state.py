@@ -136,10 +136,15 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file; all values are finite."""
     with _reading(file):
         weights = load_file(file)
+    check_finite_weights(file, weights)
+    return weights
+
+
+def check_finite_weights(source: Path, weights: Mapping[str, Tensor]) -> None:
+    """DamagedStateError, which names `source`, if a value of the weights is not finite."""
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise DamagedStateError(f"{file}: {name} has NaN or infinite values")
-    return weights
+            raise DamagedStateError(f"{source}: {name} has NaN or infinite values")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

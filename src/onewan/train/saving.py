@@ -16,6 +16,7 @@ from onewan.checkpoint.store import StateStore
 from onewan.config.load import overridden_names
 from onewan.config.schema import ResolvedRun, TrainSection
 from onewan.errors import CheckpointError
+from onewan.parallel.ranks import first_alone
 from onewan.runs import events
 from onewan.runs.layout import RunLayout, displayed
 from onewan.runs.log import RunLog
@@ -24,7 +25,7 @@ from onewan.train.chunks import CHUNKS_FIELD, chunks_change
 from onewan.train.resume import Changes, changes_since
 from onewan.train.run import Run
 from onewan.train.saved_state import FACTS_FILE, StateFacts, read_facts
-from onewan.train.state import versions
+from onewan.train.state import Trainable, versions
 
 _RETRY_SECONDS = 60.0
 """After a state that could not be saved, training goes on for this time before the next try..."""
@@ -86,30 +87,86 @@ class StateSaver:
         self._saved_at = time.monotonic()
 
     def save(self, run: Run, *, last: bool = False) -> None:
-        """Save the state of `run`, unless that of this step is saved, and delete old ones.
+        """Save the state of `run`, unless that of this step is saved, and delete old ones. All
+        processes of the run call this; the first one writes, or where weights are sharded all.
 
         A state that can't be saved is reported, and `retry_is_due` says when to try again. If it is
         the `last` one, which there is no time for, it is a CheckpointError.
         """
-        step = run.state.step
-        if step == self.saved_step:  # a stop right after a save, or before any step
+        if run.state.step == self.saved_step:  # a stop right after a save, or before any step
             return
+        with first_alone(run.ranks, together=run.division.is_sharded) as takes_part:
+            if takes_part:
+                self._save(run, last=last)
+        self.saved_step = run.ranks.from_first(self.saved_step)
+
+    def _save(self, run: Run, *, last: bool) -> None:
+        step = run.state.step
         begin = time.monotonic()
         try:
-            folder = self._store.save(step, partial(self._write, run))
+            folder = self._saved(run)
         except CheckpointError as error:
+            if not run.ranks.is_first:
+                return
             if last:
                 raise CheckpointError(f"{error}; {self.kept}") from error
             self._report_failure(f"{error}; {self.kept}", time.monotonic() - begin)
             return
         self.saved_step, self._saved_at, self._retry_at = step, time.monotonic(), None
+        if not run.ranks.is_first:
+            return
         self._log.emit(events.Saved(step=step, state=folder))
         for problem in self._store.rotate(step, run.state.best_step):
             self._log.warn_once(problem)
 
-    def _write(self, run: Run, folder: Path) -> None:
-        config = run.recorded.model_dump(mode="json")
-        run.state.save(folder, config=config, dataset=run.dataset.digest, overrides=self._overrides)
+    def _saved(self, run: Run) -> Path:
+        """Write the present state; its folder. CheckpointError in the first process."""
+        step, ranks = run.state.step, run.ranks
+        if not run.division.is_sharded:
+            return self._store.save(step, partial(self._write, run, run.state.trainables))
+        own = run.trained_by(run.group)
+        told = not ranks.is_first
+
+        def write_together(folder: Path) -> None:
+            nonlocal told
+            told = True
+            ranks.from_first(folder)
+            self._write_shards(run, own, folder)
+
+        try:
+            if ranks.is_first:
+                return self._store.save(step, write_together)
+            if (folder := ranks.from_first(None)) is not None:
+                self._write_shards(run, own, folder)
+            return self._layout.state(step)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
+        finally:
+            if not told:
+                ranks.from_first(None)
+
+    def _write_shards(self, run: Run, own: Sequence[Trainable], folder: Path) -> None:
+        """What this process writes of a state that all write. OSError in all if one can't."""
+        failure = None
+        try:
+            if run.ranks.is_first:
+                self._write(run, own, folder)
+            else:
+                for trainable in own:
+                    trainable.save(folder)
+        except OSError as error:
+            failure = error.strerror or str(error)
+        if failures := [each for each in run.ranks.gathered(failure) if each]:
+            raise OSError(failures[0])
+
+    def _write(self, run: Run, trainables: Sequence[Trainable], folder: Path) -> None:
+        run.state.save(
+            folder,
+            config=run.recorded.model_dump(mode="json"),
+            dataset=run.dataset.digest,
+            overrides=self._overrides,
+            trainables=trainables,
+        )
 
     def _report_failure(self, text: str, seconds: float) -> None:
         pause = max(_RETRY_SECONDS, _RETRY_FACTOR * seconds)

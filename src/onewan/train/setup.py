@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKLWan
@@ -32,6 +33,7 @@ from onewan.model.sources import ENCODERS, PipelineComponent, Sources, is_here, 
 from onewan.model.vae import encode_in_strips
 from onewan.model.wan import WanModel
 from onewan.parallel.division import Division
+from onewan.parallel.environment import local_count
 from onewan.parallel.ranks import Alone, Ranks
 from onewan.parallel.run_division import division_of
 from onewan.sample.generate import SampleRequest
@@ -53,6 +55,9 @@ from onewan.train.trainable_setup import (
     mentions_any,
 )
 from onewan.variants import ExpertName
+
+if TYPE_CHECKING:  # a run of one process imports nothing of torch.distributed
+    from onewan.parallel.shards import ShardGroup
 
 
 class WanModelSetup:
@@ -194,6 +199,28 @@ class WanModelSetup:
             self._residency,
         )
 
+    def _shard_group(self) -> ShardGroup | None:
+        """Prepare the groups of processes that send each other something; those that have shards of
+        the same weights as this one, None if weights are not sharded."""
+        division = self._division
+        self._ranks.prepare(division.connected)
+        if not division.is_sharded:
+            return None
+        members = division.group_of(self._ranks.rank).ranks
+        shards = len(members)
+        if division.weights == "sharded_per_machine":
+            shards = min(shards, local_count())
+        if len(members) % shards:
+            raise ConfigError(
+                "run file",
+                [
+                    "parallel.weights: can't be sharded_per_machine with "
+                    f"{len(members)} processes for an expert and {shards} on this machine; start "
+                    "as many on each, or choose sharded"
+                ],
+            )
+        return self._ranks.shard_group(members, shards)
+
     def _memory(self, plan: Plan | None) -> RunMemory:
         return RunMemory(
             self._config,
@@ -201,6 +228,7 @@ class WanModelSetup:
             plan,
             dropout=self._dropout,
             notices=self._notices,
+            shards=self._shard_group(),
         )
 
     def _place_untrained(self, model: WanModel, memory: RunMemory) -> None:

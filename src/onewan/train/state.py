@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from onewan.checkpoint.store import DamagedStateError
 from onewan.errors import CheckpointError
@@ -29,14 +29,20 @@ from onewan.train.saved_state import (
     SavedAttention,
     SavedOptimizer,
     StateFacts,
-    read_optimizer,
-    read_weights,
     write_facts,
-    write_optimizer,
-    write_weights,
+)
+from onewan.train.sharding import Sharding
+from onewan.train.trainable_files import (
+    saved_averages,
+    saved_optimizer,
+    saved_weights,
+    write_trainable,
 )
 from onewan.train.trainables import ExpertMethod
 from onewan.variants import Expert, ExpertName
+
+if TYPE_CHECKING:  # a run of one process imports nothing of torch.distributed
+    from onewan.memory.sharded_blocks import ShardedTransformer
 
 _PACKAGES = ("onewan", "torch", "diffusers", "transformers", "peft")
 
@@ -48,6 +54,11 @@ of a schedule-free optimizer are its own average."""
 
 class TrainableWeights(Protocol):
     """Reads and writes the weights of a trainable."""
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """The trained parameters, by name; of sharded weights this process's rows."""
+        ...
 
     def read(self) -> dict[str, Tensor]:
         """Copies of all tensors that training changes, by name, on the CPU."""
@@ -75,6 +86,8 @@ class Trainable:
     lr: float
     """The full learning rate of most of the weights; LoRA+ and embeddings have others."""
     ema: Ema | None = None
+    sharding: Sharding | None = None
+    """None if this process has all weights as a whole."""
     settle: Callable[[], None] = lambda: None
     """Returns when host memory has the values of what has left the device, before they are read or
     written there (`DeviceResidency.settle`)."""
@@ -98,19 +111,36 @@ class Trainable:
 
     @property
     def files(self) -> list[str]:
-        """Names of the files that `save` always writes."""
-        return [f"{self.name}.safetensors", f"{self.name}_optimizer.pt"]
+        """Names of the files that `save` always writes; those with weights may be sharded."""
+        return [f"{self.name}_optimizer.pt"]
+
+    @property
+    def count(self) -> int:
+        """The number of all trained values."""
+        own = {name: tensor.shape for name, tensor in self.weights.present().items()}
+        whole = own if self.sharding is None else {**own, **self.sharding.shapes}
+        return sum(whole[name].numel() for name in own)
+
+    @property
+    def replicated(self) -> list[nn.Parameter]:
+        """The parameters of which each process of a group has all values."""
+        if self.sharding is None:
+            return self.optimizer.trained_parameters
+        own = self.weights.parameters.items()
+        return [p for name, p in own if name not in self.sharding.shapes]
 
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer and average into `folder`, a file for each. OSError if one can't
-        be written."""
+        """Write weights, optimizer and average into `folder` (`onewan.train.trainable_files`).
+        OSError if a file can't be written."""
         self.settle()
-        weights, optimizer = (folder / name for name in self.files)
-        write_weights(weights, self.weights.present())
-        state = self.optimizer.state_dict()
-        write_optimizer(optimizer, SavedOptimizer(optimizer=self.optimizer_name, weights=state))
-        if self.ema is not None:
-            write_weights(folder / f"{self.name}_ema.safetensors", self.ema.state_dict())
+        write_trainable(
+            folder,
+            self.name,
+            self.weights.present(),
+            None if self.ema is None else self.ema.state_dict(),
+            SavedOptimizer(optimizer=self.optimizer_name, weights=self.optimizer.state_dict()),
+            self.sharding,
+        )
 
     def load(self, folder: Path, *, allow_change: bool) -> Iterator[str]:
         """Continue from what `save` wrote. DamagedStateError if a file can't be read, or is not of
@@ -120,14 +150,14 @@ class Trainable:
         each is yielded; weights that do not fit are a CheckpointError.
         """
         self.settle()
-        weights, optimizer = (folder / name for name in self.files)
         # The weights are loaded first: resetting an average copies them, and an optimizer may too.
-        tensors = read_weights(weights)
+        tensors = saved_weights(folder, self.name, self.sharding)
         with _unfit(damaged=not allow_change):
-            self.weights.write(tensors, str(weights))
+            self.weights.write(tensors, str(folder / f"{self.name}.safetensors"))
         if self.ema is not None:
-            yield from self._load_average(folder / f"{self.name}_ema.safetensors", allow_change)
-        saved = read_optimizer(optimizer)
+            yield from self._load_average(self.ema, folder, allow_change)
+        optimizer = folder / f"{self.name}_optimizer.pt"
+        saved = saved_optimizer(folder, self.name, self.sharding)
         try:
             if saved.optimizer != self.optimizer_name:
                 raise ValueError(
@@ -156,20 +186,20 @@ class Trainable:
             self.ema.load_state_dict(values["ema"])
         self.optimizer.load_state_dict(values["optimizer"])
 
-    def _load_average(self, file: Path, allow_change: bool) -> Iterator[str]:
-        assert self.ema is not None
-        if allow_change and not file.exists():
+    def _load_average(self, ema: Ema, folder: Path, allow_change: bool) -> Iterator[str]:
+        averages = saved_averages(folder, self.name, self.sharding, required=not allow_change)
+        if averages is None:
             yield f"{self.name}: the state has no moving average; it starts at the weights"
-            self.ema.reset()
+            ema.reset()
             return
-        averages = read_weights(file)
         try:
-            self.ema.load_state_dict(averages)
+            ema.load_state_dict(averages)
         except ValueError as error:
+            file = folder / f"{self.name}_ema.safetensors"
             if not allow_change:
                 raise DamagedStateError(f"{file}: {error}") from error
             yield f"{self.name}: the moving average starts at the weights ({file}: {error})"
-            self.ema.reset()
+            ema.reset()
 
 
 @contextmanager
@@ -195,6 +225,15 @@ class TrainedExpert:
     initial_digest: str | None = None
     """`AdapterFile.digest` of the file of `method.init_from` that it was initialized from, if any.
     """
+
+    sharded: ShardedTransformer | None = None
+    """None if this process has the weights of all blocks."""
+
+    def whole(self) -> AbstractContextManager[bool]:
+        """A context in which the transformer has its whole weights, to be written to files; it
+        yields whether that is so in this process. Where weights are sharded, all processes that
+        have shards enter it, and the first of them has the weights in host memory."""
+        return nullcontext(True) if self.sharded is None else self.sharded.whole()
 
     def base(self) -> AbstractContextManager[None]:
         """A context in which the transformer computes as the base model does."""
@@ -256,11 +295,18 @@ class TrainState:
         return [FACTS_FILE, *(name for trainable in self.trainables for name in trainable.files)]
 
     def save(
-        self, folder: Path, *, config: Mapping[str, Any], dataset: str, overrides: Sequence[str]
+        self,
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        dataset: str,
+        overrides: Sequence[str],
+        trainables: Sequence[Trainable] | None = None,
     ) -> None:
         """Write the state into `folder`, with the resolved run file, the digest of the data set,
-        and the fields that the command line gave. OSError if a file can't be written."""
-        for trainable in self.trainables:
+        and the fields that the command line gave; of the trainables only the given ones, where
+        other processes write the others. OSError if a file can't be written."""
+        for trainable in self.trainables if trainables is None else trainables:
             trainable.save(folder)
         facts = StateFacts(
             step=self.step,

@@ -30,8 +30,9 @@ from onewan.model.sources import locate
 from onewan.runs.layout import RunLayout
 from onewan.train.export import Exportable, ExportedFile, exported_files
 from onewan.train.optimizers.builders import is_schedule_free
-from onewan.train.saved_state import StateFacts, read_facts, read_optimizer, read_weights
+from onewan.train.saved_state import StateFacts, read_facts
 from onewan.train.state import Trainable, TrainedExpert, TrainState
+from onewan.train.trainable_files import saved_averages, saved_optimizer, saved_weights
 from onewan.train.trainable_setup import (
     attach_saved_expert,
     initial_adapters,
@@ -109,7 +110,7 @@ def _expert(
     config: ResolvedRun, expert: Expert, initial: Mapping[ExpertName, AdapterFile], state: Path
 ) -> TrainedExpert:
     file = state / f"{expert.name}.safetensors"
-    weights = read_weights(file)
+    weights = saved_weights(state, expert.name, None)
     # What is not a plain product of factors is written with the help of the base model's weights.
     needs_base = isinstance(config.method, FineTuneMethod | DoraMethod | OftMethod) or bool(initial)
     transformer = _transformer(config, expert, loaded=needs_base)
@@ -146,8 +147,7 @@ def _embeddings(config: ResolvedRun, state: Path) -> Trainable | None:
     if not any(section.train for section in config.embeddings):
         return None
     file = state / "embeddings.safetensors"
-    weights = read_weights(file)
-
+    weights = saved_weights(state, "embeddings", None)
     trainable = saved_embeddings(config, weights)
     trainable.weights.write(weights, str(file))
     _restore_averages(config, trainable, state)
@@ -157,9 +157,10 @@ def _embeddings(config: ResolvedRun, state: Path) -> Trainable | None:
 def _restore_averages(config: ResolvedRun, trainable: Trainable, state: Path) -> None:
     """The moving average, and what a schedule-free optimizer averages from."""
     if trainable.ema is not None:
-        trainable.ema.load_state_dict(read_weights(state / f"{trainable.name}_ema.safetensors"))
+        averages = saved_averages(state, trainable.name, None, required=True)
+        trainable.ema.load_state_dict(averages or {})
     if is_schedule_free(config.optimizer):
-        saved = read_optimizer(state / f"{trainable.name}_optimizer.pt")
+        saved = saved_optimizer(state, trainable.name, None)
         try:
             trainable.optimizer.load_state_dict(saved.weights)
         except ValueError as error:

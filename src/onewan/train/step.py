@@ -89,9 +89,13 @@ def whole_gradients(
     ranks = run.group.ranks
     if len(ranks) == 1:
         return backward(run, step, trained)
-    parameters = [p for trainable in trainables for p in trainable.optimizer.trained_parameters]
+    # Gradients of shards are sums already (`onewan.memory.sharded_blocks`).
+    parameters = [p for trainable in trainables for p in trainable.replicated]
     sums = GradientSums(run.ranks.adding(ranks), parameters, trained.transformer.blocks)
-    losses = backward(run, step, trained, sums.complete)
+    # With shards, processes agree on each pass: sums may not come between on some of them only.
+    complete = None if run.division.is_sharded else sums.complete
+    losses = backward(run, step, trained, complete)
+    run.memory.finish_passes()
     sums.finish()
     return losses
 

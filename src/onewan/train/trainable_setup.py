@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from diffusers import WanTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from onewan.adapters.adapter_config import (
     AdapterConfig,
@@ -49,9 +50,13 @@ from onewan.train.optimizers.builders import is_schedule_free
 from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer
 from onewan.train.optimizers.trainable_optimizer import build_trainable_optimizer
+from onewan.train.sharding import Sharding
 from onewan.train.state import Trainable, TrainableName, TrainedExpert, TrainState
 from onewan.train.trainables import AdapterTraining, EmbeddingTraining, ExpertMethod, FullFineTune
 from onewan.variants import Expert, ExpertName
+
+if TYPE_CHECKING:
+    from onewan.memory.sharded_blocks import ShardedTransformer
 
 
 def initial_adapters(config: ResolvedRun) -> dict[ExpertName, AdapterFile]:
@@ -140,10 +145,13 @@ def attach_expert(
     # First, since the method enables gradients for its own parameters.
     transformer.requires_grad_(False)
     method = _attach_method(config, transformer, expert, initial)
+    sharded = memory.shard(transformer, _replicated(method))
     trainable = None
     if method is not None:
+        if sharded is not None and isinstance(method, FullFineTune):
+            method.use_shards(sharded.shards)
         lr = expert_settings(config, expert.name).lr or config.optimizer.lr
-        trainable = _trainable(config, expert.name, method, lr)
+        trainable = _trainable(config, expert.name, method, lr, _sharding(method, sharded))
         trainable.settle = residency.settle
     residency.manage(
         transformer,
@@ -162,7 +170,22 @@ def attach_expert(
         method=method,
         trainable=trainable,
         initial_digest=None if initial is None else initial.digest(),
+        sharded=sharded,
     )
+
+
+def _replicated(method: ExpertMethod | None) -> list[nn.Parameter]:
+    """What is trained beside the weights, and so is never sharded."""
+    is_beside = method is not None and not isinstance(method, FullFineTune)
+    return list(method.parameters.values()) if is_beside else []
+
+
+def _sharding(method: ExpertMethod, sharded: ShardedTransformer | None) -> Sharding | None:
+    """Which of the trained weights are sharded; None if there are none."""
+    if sharded is None or not isinstance(method, FullFineTune):
+        return None
+    shapes = {n: shape for n, shape in sharded.shapes.items() if n in method.parameters}
+    return Sharding(group=sharded.group, shapes=shapes)
 
 
 def attach_saved_expert(
@@ -388,7 +411,11 @@ def _name_of(initial: AdapterFile | None) -> str:
 
 
 def _trainable(
-    config: ResolvedRun, name: TrainableName, weights: ExpertMethod | EmbeddingTraining, lr: float
+    config: ResolvedRun,
+    name: TrainableName,
+    weights: ExpertMethod | EmbeddingTraining,
+    lr: float,
+    sharding: Sharding | None = None,
 ) -> Trainable:
     """`weights` with their optimizer and, if `train.ema` is set, their moving average."""
     ema = config.train.ema
@@ -397,6 +424,7 @@ def _trainable(
         weights=weights,
         optimizer_name=config.optimizer.name,
         lr=lr,
+        sharding=sharding,
         optimizer=build_trainable_optimizer(
             weights.groups(lr),
             config.optimizer,
@@ -404,6 +432,7 @@ def _trainable(
             fused=weights.fused,
             seed=config.train.seed,
             name=name,
+            sharding=sharding,
         ),
         ema=None if ema is None else Ema(weights.parameters, ema.decay, offload=ema.offload),
     )

@@ -143,12 +143,17 @@ class FullFineTune:
         precision: Literal["stochastic", "kahan", "float32"],
         fused: bool,
     ) -> None:
-        self.parameters = parameters
+        self.parameters: Mapping[str, nn.Parameter] = parameters
         self.rounding: Rounding = "none" if precision == "float32" else precision
         self.fused = fused
         self.settle: Callable[[], None] = lambda: None
         """Returns when host memory has the present weights, where streamed ones are read and
         written (`BlockStream.settle`)."""
+
+    def use_shards(self, shards: Mapping[str, nn.Parameter]) -> None:
+        """Train `shards` in the place of the parameters of these names, before there is an
+        optimizer: this process's rows of weights that are sharded now."""
+        self.parameters = {n: shards.get(n, p) for n, p in self.parameters.items()}
 
     def groups(self, lr: float) -> list[ParameterGroup]:
         names, parameters = tuple(self.parameters), tuple(self.parameters.values())

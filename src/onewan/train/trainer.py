@@ -28,7 +28,7 @@ from onewan.files import remove_abandoned, replacing
 from onewan.locks import locked, remove_abandoned_locks
 from onewan.memory.device import limit_memory, matrix_product_rate
 from onewan.memory.plan import full_disks
-from onewan.parallel.ranks import Alone, Ranks, first_alone, join
+from onewan.parallel.ranks import Alone, Ranks, join
 from onewan.runs import events
 from onewan.runs.control import REQUESTS, Request, StopSignals, clear, pending, take, unknown
 from onewan.runs.event_file import EventFile, HeartbeatThread
@@ -187,7 +187,6 @@ class WanTrainer:
         vram = config.memory.vram
         self._memory_limit = limit_memory(device, None if vram is None else parse_bytes(vram))
         run = setup.build(self._on_encoding)
-        self._ranks.prepare(run.division.connected)
         # Ends the copies, and frees pinned memory for other runs of this process.
         with closing(run.memory):
             self._begin(run)
@@ -284,9 +283,7 @@ class WanTrainer:
             # Saved here and not where the request was noticed: during validation and sampling the
             # model may contain other weights (averages, the base model's) than the trained ones.
             self._bring_together(run)
-            if self._ranks.is_first:
-                self._saver.save(run, last=True)
-            self._saver.saved_step = self._ranks.from_first(self._saver.saved_step)
+            self._saver.save(run, last=True)
             raise
         if self._exporter.failure:
             raise CheckpointError(
@@ -316,9 +313,8 @@ class WanTrainer:
         due = self._cadence.at(run.state.step)
         if due.validate and run.state.validated != run.state.step:
             self._validate(run)
-        with first_alone(self._ranks) as is_first:
-            if is_first and due.export and not self._exporter.is_complete(run):
-                self._exporter.export(run)
+        if due.export and not self._ranks.from_first(self._exporter.is_complete(run)):
+            self._exporter.export(run)
         self._sample_due(run, due)
 
     def _report(self, step: events.StepDone, seconds: float) -> None:
@@ -344,13 +340,12 @@ class WanTrainer:
         # Validation precedes saving, so that the state includes its result, and so that the files
         # of the best weights that a state knows are complete.
         best = due.validate and self._validate(run)
-        with first_alone(self._ranks) as is_first:
-            if is_first and (due.save or best):
-                with self._time.doing("save"):
-                    self._saver.save(run, last=run.state.step == self._config.train.steps)
-            if is_first and due.export:
-                with self._time.doing("export"):
-                    self._exporter.export(run)
+        if due.save or best:
+            with self._time.doing("save"):
+                self._saver.save(run, last=run.state.step == self._config.train.steps)
+        if due.export:
+            with self._time.doing("export"):
+                self._exporter.export(run)
         self._sample_due(run, due)
         while self._ranks.from_first(request is not None):
             self._samples.make_requested(run, request)
@@ -358,6 +353,8 @@ class WanTrainer:
 
     def _bring_together(self, run: Run) -> None:
         """Give the first process what others have trained, which then has the whole state."""
+        if run.division.is_sharded:  # whoever has shards writes them
+            return
         for group in run.division.groups[1:]:
             trained, own = run.trained_by(group), None
             if self._ranks.rank == group.first:

@@ -109,6 +109,7 @@ def clip_losses(
             batch = cpu_batch.to(run.device)
             losses[number] = torch.stack(_losses_of(run, trained, number, batch))
             between()
+        run.memory.finish_passes()  # others may have more clips
     # One transfer for all clips, since each transfer waits for the device.
     values = torch.stack(list(losses.values())).tolist() if losses else []
     return dict(zip(losses, values, strict=True))

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from statistics import fmean
 
-from onewan.parallel.ranks import first_alone
 from onewan.runs import events
 from onewan.runs.log import RunLog
 from onewan.train.best import improved_weights
@@ -47,9 +46,7 @@ class Validator:
         }
         self._report(run, losses)
         state.validated = state.step
-        with first_alone(run.ranks) as is_first:
-            if is_first:
-                self._exporter.export_best(run, improved_weights(state, losses))
+        self._exporter.export_best(run, improved_weights(state, losses))
         return self._record_best(run, fmean(each.trained for each in losses.values()))
 
     def _report(self, run: Run, losses: Mapping[ExpertName, ExpertLosses]) -> None:

@@ -22,6 +22,7 @@ from onewan.train.optimizers.parameters import (
     ParameterGroup,
     library_group,
 )
+from onewan.train.sharding import Sharding
 
 
 class JointOptimizer:
@@ -30,7 +31,13 @@ class JointOptimizer:
     Any optimizer and any dtype of weights; weights in bfloat16 are updated in bfloat16.
     """
 
-    def __init__(self, groups: Sequence[ParameterGroup], choice: Optimizer, trainable: str) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        choice: Optimizer,
+        trainable: str,
+        sharding: Sharding | None = None,
+    ) -> None:
         library_groups = [library_group(g.parameters, g.lr, trainable) for g in groups]
         self._library = library_optimizer(library_groups, choice)
         parameters = [p for group in groups for p in group.parameters]
@@ -49,6 +56,7 @@ class JointOptimizer:
                 for name, parameter, entry in zip(names, parameters, bookkeeping, strict=True)
             ],
             StateAfterAStep(choice, library_group([], groups[0].lr, trainable)),
+            sharding,
         )
         self._host_copies_are_stale = True
         """True until the first step after building or loading: between the two, the weights

@@ -26,6 +26,7 @@ from onewan.train.optimizers.library import (
     with_tensors,
 )
 from onewan.train.optimizers.saved_entries import BASE_LR, NOT_SAVED, check_entry, check_state
+from onewan.train.sharding import Sharding
 
 _CPU = torch.device("cpu")
 
@@ -96,11 +97,13 @@ class ManagedParameters:
         self,
         managed: Sequence[ManagedParameter],
         expected: Callable[[Tensor], Mapping[str, Sequence[Any]]],
+        sharding: Sharding | None = None,
     ) -> None:
         """`expected` returns what each entry of the optimizer's state of a tensor may be after a
-        step, to check saved states; nothing where that is not known."""
+        step, to check saved states; nothing where that is not known. `sharding` is None if the
+        parameters are whole weights."""
         self._managed = list(managed)
-        self._expected = expected
+        self._expected, self._sharding = expected, sharding
         # By identity: parameters share groups, and dictionaries can't be hashed.
         self._groups = {id(m.group): m.group for m in self._managed}
         self._initial = {key: _hyperparameters(group) for key, group in self._groups.items()}
@@ -139,9 +142,13 @@ class ManagedParameters:
 
         Returns the norm before, 0-d float32. None for `max_norm` leaves the gradients as they are.
         """
-        gradients = [m.parameter.grad for m in self._managed if m.parameter.grad is not None]
+        found = [(m.name, m.parameter.grad) for m in self._managed]
         # The norm of norms equals the norm of all elements, and each can be computed in float32.
-        norm = nn.utils.get_total_norm([norm_of(gradient) for gradient in gradients])
+        norms = {name: norm_of(gradient) for name, gradient in found if gradient is not None}
+        if self._sharding is None:
+            norm = nn.utils.get_total_norm(list(norms.values()))
+        else:
+            norm = self._sharding.total_norm(list(norms), list(norms.values()))
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_([m.parameter for m in self._managed], max_norm, norm)
         return norm

@@ -29,6 +29,7 @@ from onewan.train.optimizers.parameters import (
     norm_of,
 )
 from onewan.train.rounding import Rounding, is_half, round_with_residual, stochastic_round_
+from onewan.train.sharding import Sharding
 
 
 class PerWeightOptimizer:
@@ -44,9 +45,10 @@ class PerWeightOptimizer:
         rounding: Rounding,
         fused: bool,
         seed: int,
+        sharding: Sharding | None = None,
     ) -> None:
         self._choice, self._trainable = choice, trainable
-        self._rounding, self._seed = rounding, seed
+        self._rounding, self._seed, self._sharding = rounding, seed, sharding
         self.is_fused = fused
         self.parameters = ManagedParameters(
             [
@@ -55,6 +57,7 @@ class PerWeightOptimizer:
                 for name, parameter in zip(group.names, group.parameters, strict=True)
             ],
             StateAfterAStep(choice, library_group([], groups[0].lr, trainable)),
+            sharding,
         )
         self._step: _PerWeightStep | None = None
         """The step that has begun and has not been applied."""
@@ -203,8 +206,10 @@ class PerWeightOptimizer:
                 managed.parameter.copy_(rounded)
                 managed.residual.copy_(residual)
             else:
+                draws = () if self._sharding is None else self._sharding.draws_of(managed.name)
+                key = (self._trainable, managed.name, step, *draws)
                 generator = torch.Generator(updated.device).manual_seed(
-                    derive_seed(self._seed, "rounding", self._trainable, managed.name, step)
+                    derive_seed(self._seed, "rounding", *key)
                 )
                 stochastic_round_(managed.parameter.data, updated, generator)
 

@@ -24,6 +24,7 @@ from onewan.train.optimizers.joint import JointOptimizer
 from onewan.train.optimizers.parameters import ParameterGroup
 from onewan.train.optimizers.per_weight import PerWeightOptimizer
 from onewan.train.rounding import Rounding, is_half
+from onewan.train.sharding import Sharding
 
 
 class OptimizerStep(Protocol):
@@ -105,6 +106,7 @@ def build_trainable_optimizer(
     fused: bool = False,
     seed: int = 0,
     name: str = "high",
+    sharding: Sharding | None = None,
 ) -> TrainableOptimizer:
     """The optimizer that the run file's `optimizer` section names, over the weights of `groups`.
 
@@ -112,7 +114,8 @@ def build_trainable_optimizer(
     and rounded back so that small updates are not lost; float32 weights among them are updated as
     usual. `fused` updates each weight in the backward pass, as soon as its gradient is complete,
     and drops the gradient. `name` is the trainable's; the draws of stochastic rounding depend on
-    it, on `seed` (the run's), the weight's name and the step.
+    it, on `seed` (the run's), the weight's name and the step. `sharding` is None if the weights are
+    whole ones.
 
     ConfigError if the optimizer does not support these settings; ValueError without weights, or if
     two weights have the same name.
@@ -126,8 +129,10 @@ def build_trainable_optimizer(
         rounding = "none"
     _check_support(choice, weights, rounding, fused)
     if fused or rounding != "none":
-        return PerWeightOptimizer(groups, choice, name, rounding=rounding, fused=fused, seed=seed)
-    return JointOptimizer(groups, choice, name)
+        return PerWeightOptimizer(
+            groups, choice, name, rounding=rounding, fused=fused, seed=seed, sharding=sharding
+        )
+    return JointOptimizer(groups, choice, name, sharding)
 
 
 def _check_support(
