@@ -19,6 +19,7 @@ from onewan.errors import MemoryPlanError
 from onewan.model import vae
 from onewan.model.load import WanModelLoader
 from onewan.model.wan import WanModel
+from onewan.parallel.ranks import Alone
 from onewan.runs.event_file import read_events
 from onewan.sample.generate import SampleRequest, WanModelSampler
 from onewan.sample.streaming import sampling_residency
@@ -156,6 +157,24 @@ def test_processes_on_one_machine_share_the_memory_that_the_run_may_use(
     with pytest.raises(MemoryPlanError, match="does not fit") as refused:
         plan_run(enough_for_one, sim, clips)
     assert "each of 4 processes may use of its" in "".join(refused.value.details)
+
+
+def test_a_run_is_planned_with_what_each_of_its_processes_has(
+    streamed: RunFile, sim: torch.device
+) -> None:
+    class OneOfFour(Alone):
+        count = 4
+
+    fine_tuned = ("method={kind: fine_tune}", "train.accumulation=4", "parallel.experts=together")
+    config = streamed("tiny", *fine_tuned, "sample.prompts=[]")
+    clips = WanModelSetup(config).dataset([], no_progress).clips
+    alone, shards = plan_run(config, sim, clips), plan_run(config, sim, clips, ranks=OneOfFour())
+    assert alone is not None and shards is not None
+    assert (alone.sharing.shards, shards.sharing.shards) == (1, 4)
+    assert "shards of the blocks" in shards.worst.training.device
+    tokens = ("train.accumulation=1", "parallel.sequence_parallel=4", "parallel.weights=replicated")
+    shared = plan_run(streamed("tiny", *fine_tuned, *tokens), sim, clips, ranks=OneOfFour())
+    assert shared is not None and (shared.sharing.shards, shared.sharing.sequence) == (1, 4)
 
 
 def test_a_model_that_does_not_fit_is_sampled_from_streamed_blocks(

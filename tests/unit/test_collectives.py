@@ -12,8 +12,11 @@ import torch.distributed as dist
 from onewan.arithmetic import collectives
 from onewan.arithmetic.collectives import (
     SUM_NUMBERS,
+    BlockSeconds,
     Network,
+    bytes_of_exchange,
     bytes_of_gathering,
+    bytes_of_shards,
     bytes_of_sum,
     bytes_of_telling,
     steps_of_telling,
@@ -85,3 +88,46 @@ def test_the_number_of_messages_is_that_of_the_sums(
         own.send(half)
     own.finish()
     assert len(sent) == sums_of(sum(tensor.numel() for tensor in tensors)) == -(-count // 4)
+
+
+def test_of_shards_each_process_sends_all_but_one() -> None:
+    assert bytes_of_shards(12, 1) == bytes_of_exchange(12, 1) == 0
+    # A sum is a reduce-scatter and an all-gather.
+    assert 2 * bytes_of_shards(12, 4) == bytes_of_sum(12, 4) == 18
+    assert bytes_of_exchange(12, 4) == 9
+
+
+def test_shards_take_the_time_of_a_ring() -> None:
+    assert NETWORK.seconds_of_shards(1000, [2]) == 0
+    assert NETWORK.seconds_of_shards(1000, range(4)) == pytest.approx(750 / 100 + 3 * 0.5)
+    assert NETWORK.seconds_of_shards(1000, range(8)) == pytest.approx(875 / 10 + 7 * 0.5)
+
+
+def test_processes_of_a_machine_share_its_connection_to_others() -> None:
+    assert NETWORK.seconds_of_sum_between(1000, machines=1, at_once=4) == 0
+    seconds = NETWORK.seconds_of_sum_between(1000, machines=2, at_once=4)
+    assert seconds == pytest.approx(4 * 1000 / 10 + 2 * 0.5)
+    assert NETWORK.seconds_of_exchange(1000, [0]) == 0
+    assert NETWORK.seconds_of_exchange(1000, range(4)) == pytest.approx(750 / 100 + 0.5)
+    # Four processes of each machine send a half of what they have to the other one.
+    assert NETWORK.seconds_of_exchange(1000, range(8)) == pytest.approx(4 * 500 / 10 + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("block", "layers", "seconds"),
+    [
+        # Only the first gathering and the last gradients have nothing beside them.
+        (BlockSeconds(forward=5, backward=10, gather=2, reduce=4), 6, 2 + 4),
+        (BlockSeconds(forward=5, backward=10, gather=2), 6, 2),
+        (BlockSeconds(forward=5, backward=10, gather=2, reduce=4), 1, 2 + 4),
+        # Forward: 2 more for each block but the first. Backward: 11 beside 10 in the four between.
+        (BlockSeconds(forward=5, backward=10, gather=7, reduce=4), 6, 7 + 5 * 2 + 4 * 1 + 4),
+        # The last block's backward pass has a gathering beside it, the first one's gradients.
+        (BlockSeconds(forward=1, backward=2, gather=3, reduce=4), 2, 3 + 2 + 1 + 2 + 4),
+        (BlockSeconds(forward=5, backward=10, gather=2, reduce=4, between=3), 6, 2 + 4 + 6 * 3),
+    ],
+)
+def test_a_block_takes_as_long_as_what_takes_longest(
+    block: BlockSeconds, layers: int, seconds: float
+) -> None:
+    assert block.waiting(layers) == pytest.approx(seconds)

@@ -138,8 +138,9 @@ def test_buffers_have_the_bytes_of_whole_blocks(run) -> None:
     block = linear_weights(model.blocks[0])
     assert found.whole_weights == WHOLE_BLOCKS * sum(p.nbytes for p in block)
     # Gradients of one block in the weights' type, and of another one in float32 with its sums.
-    assert found.whole_gradients == sum(p.nbytes + (4 + 2) * p.numel() for p in block)
-    assert rank_bytes(config, own, None, Sharing(shards=2)).whole_gradients == 0
+    assert found.block_gradients == sum(p.nbytes for p in block)
+    assert found.reduced_gradients == sum((4 + 4 // 2) * p.numel() for p in block)
+    assert rank_bytes(config, own, None, Sharing(shards=2)).reduced_gradients == 0
 
 
 @pytest.mark.parametrize("count", [2, 5, 7])
@@ -175,7 +176,7 @@ def test_adapters_are_whole_beside_shards_of_frozen_weights(run) -> None:
     assert whole is not None
     found = rank_bytes(config, own, whole, Sharing(shards=8))
     assert found.adapters == whole.weights and found.gradients == whole.gradients
-    assert found.state == whole.state and found.whole_gradients == 0
+    assert found.state == whole.state and found.reduced_gradients == 0
     # All rows can be divided by 8. Beside linear layers a block has norms and modulation.
     others = own.shape.layers * (2 * 4 + 4 * 2 + 4 * 6) * own.shape.width
     assert found.replicated == own.outer_bytes + others

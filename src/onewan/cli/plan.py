@@ -20,12 +20,14 @@ from onewan.config.schema import ResolvedRun
 from onewan.data.buckets import bytes_of_archives, expected_buckets
 from onewan.memory.plan import (
     ARCHIVES,
+    MACHINE_SIZE,
     Bucket,
     BucketPlan,
     Plan,
     Processes,
     RunTime,
     Settings,
+    Sharing,
     divided,
     find_machine,
     make_plan,
@@ -87,7 +89,8 @@ def plan_of(
         for (frames, (width, height)), count in expected.clips.items()
     }
     stored = read_stored_model(config)
-    share = of_each_process(machine, gpus)
+    machine_size = MACHINE_SIZE if network is None else network.machine_size
+    share = of_each_process(machine, gpus, machine_size=machine_size)
     plan = make_plan(config, clips, share, stored, notes=expected.notes)
     if gpus > 1:
         plan = divided(plan, config, clips, stored, machine, division, _is_due(config), network)
@@ -134,14 +137,14 @@ def _lines(config: ResolvedRun, plan: Plan) -> Iterator[str]:
     yield ""
     yield "Settings and the time of a step, by arithmetic and not measured:"
     for bucket in plan.buckets[:_BUCKETS_SHOWN]:
-        yield f"  {bucket.bucket}: {_settings_text(bucket.settings, plan.layers)}"
+        yield f"  {bucket.bucket}: {_settings_text(bucket.settings, plan)}"
         yield f"    {_time_text(bucket)}"
     if len(plan.buckets) > _BUCKETS_SHOWN:
         yield f"  and {len(plan.buckets) - _BUCKETS_SHOWN} buckets that need less memory"
     if plan.processes is None:
         yield from _run_time_lines(plan.run_time)
     else:
-        yield from _process_lines(plan.processes)
+        yield from _process_lines(config, plan.processes, plan.sharing)
     disk = ", ".join(f"{name} {format_bytes(amount)}" for name, amount in plan.disk.items())
     yield f"Disk: {disk}."
     for note in plan.notes:
@@ -161,13 +164,14 @@ def _phase_table(plan: Plan) -> Iterator[str]:
         )
 
 
-def _settings_text(settings: Settings, layers: int) -> str:
-    streamed = settings.streamed(layers)
-    parts = [
-        f"{settings.resident_blocks} of {layers} blocks stay on the device"
-        if streamed
-        else f"all {layers} blocks stay on the device"
-    ]
+def _settings_text(settings: Settings, plan: Plan) -> str:
+    layers = plan.layers
+    if plan.sharing.is_sharded:
+        parts = [f"a shard of each of {layers} blocks stays on the device"]
+    elif settings.streamed(layers):
+        parts = [f"{settings.resident_blocks} of {layers} blocks stay on the device"]
+    else:
+        parts = [f"all {layers} blocks stay on the device"]
     if not settings.checkpointing:
         parts.append("no gradient checkpointing")
     if settings.offload_inputs:
@@ -204,23 +208,40 @@ def _run_time_lines(time: RunTime) -> Iterator[str]:
     yield f"The whole run takes about {format_duration(time.total)}: {', '.join(parts)}."
 
 
-def _process_lines(found: Processes) -> Iterator[str]:
+def _process_lines(config: ResolvedRun, found: Processes, sharing: Sharing) -> Iterator[str]:
     yield ""
     yield f"With {found.count} devices: {found.division}."
+    yield from _reasons(config, sharing)
     step = f"A step takes {format_duration(found.step)}"
     if found.parts > 1:
         clips = "1 clip" if found.clips_of_each == 1 else f"{found.clips_of_each} clips"
+        step += f" with {clips} of its {found.clips} on each device"
+    if found.gradient_bytes:
         step += (
-            f" with {clips} of its {found.clips} on each device, "
-            f"{format_duration(found.summing)} of it for the sums of "
+            f", {format_duration(found.summing)} of it for the sums of "
             f"{format_bytes(found.gradient_bytes)} of gradients"
         )
     yield f"{step}."
-    yield (
-        f"The whole run takes about {format_duration(found.total)} instead of "
-        f"{format_duration(found.alone)} on one device: {found.alone / found.total:.2f} times as "
-        "fast."
-    )
+    if found.weight_bytes:
+        yield (
+            "For weights and gradients that are sharded each process sends "
+            f"{format_bytes(found.weight_bytes)} in a step, most of it while it computes; it waits "
+            f"{format_duration(found.waiting)} for the rest."
+        )
+    if found.token_bytes:
+        yield (
+            f"For the tokens that {found.sequence} processes share each sends "
+            f"{format_bytes(found.token_bytes)} in a step, which takes "
+            f"{format_duration(found.exchanging)}."
+        )
+    whole = f"The whole run takes about {format_duration(found.total)}"
+    if found.alone is None:
+        yield f"{whole}. One device does not have the memory for it."
+    else:
+        yield (
+            f"{whole} instead of {format_duration(found.alone)} on one device: "
+            f"{found.alone / found.total:.2f} times as fast."
+        )
     if found.unpaired_steps > _WAITING * found.steps:
         yield (
             f"{found.unpaired_steps:,} of {found.steps:,} steps are trained while the processes of "
@@ -228,6 +249,20 @@ def _process_lines(found: Processes) -> Iterator[str]:
             "block of train.switch_expert_every steps, or where one expert has more steps."
         )
     yield f"All processes together need {format_bytes(found.host_bytes)} of host memory."
+
+
+def _reasons(config: ResolvedRun, sharing: Sharing) -> Iterator[str]:
+    """Why weights are sharded, or tokens shared, where the run file leaves that open."""
+    if sharing.is_sharded and config.parallel.weights == "auto":
+        yield (
+            "Weights are sharded since full fine-tuning has gradients and optimizer state of the "
+            "size of the model (parallel.weights is auto)."
+        )
+    if sharing.sequence > 1 and config.parallel.sequence_parallel == "auto":
+        yield (
+            "Tokens are shared since a step has fewer clips than there are processes for it "
+            "(parallel.sequence_parallel is auto)."
+        )
 
 
 def _videos(count: int, what: str, seconds: float) -> str:
@@ -253,5 +288,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
         for suggestion in plan.suggestions:
             yield f"  {suggestion.text}"
             yield f"    {' '.join(suggestion.change)}"
-    elif not plan.fits:
+    elif not plan.fits and plan.enough is None:
         yield "No single setting makes it fit; train at a smaller size, or on a larger device."
+    if plan.enough is not None:
+        yield f"{plan.enough_text} (--gpus {plan.enough})."

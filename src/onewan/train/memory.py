@@ -234,10 +234,13 @@ def plan_run(
     clips: Iterable[Clip],
     chunks: Mapping[str, int] | None = None,
     ranks: Ranks | None = None,
+    *,
+    same: bool = False,
 ) -> Plan | None:
     """The plan for training on `device`; None on the CPU. It keeps the feed-forward `chunks` of a
-    run that is resumed (`onewan.train.chunks`), unless these no longer fit. With `ranks`, which all
-    call this, it is made for the least that any of them has, so that it is the same for all.
+    run that is resumed (`onewan.train.chunks`), unless these no longer fit. `ranks` are the
+    processes of the run; None if this is the only one. With `same`, all of them call this, and it
+    is made for the least that any of them has, so that it is the same for all.
 
     MemoryPlanError, which says by how much and what would help, if the run can't fit.
     """
@@ -245,7 +248,8 @@ def plan_run(
         return None
     buckets = Counter(map(bucket_of, clips))
     machine, stored = machine_with(config, device), read_stored_model(config)
-    if ranks is not None:
+    machine = replace(machine, ranks=1 if ranks is None else ranks.count)
+    if ranks is not None and same:
         machine = _least(ranks.gathered(machine))
     plan = make_plan(config, buckets, machine, stored, chunks=chunks)
     if chunks and not plan.fits:

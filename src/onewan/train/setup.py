@@ -103,8 +103,8 @@ class WanModelSetup:
     def _plan(self, config: ResolvedRun, clips: Sequence[Clip]) -> Plan | None:
         """As `plan_run`. Processes that share the tokens of clips have the same plan: it decides
         what they exchange, and in which order."""
-        ranks = self._ranks if self._division.sequence > 1 else None
-        return plan_run(config, self._residency.device, clips, self._chunks, ranks)
+        same = self._division.sequence > 1
+        return plan_run(config, self._residency.device, clips, self._chunks, self._ranks, same=same)
 
     @property
     def _division(self) -> Division:

@@ -6,7 +6,7 @@ are loaded, and neither torch nor diffusers is imported, so that ``onewan plan``
 
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.free_space import ARCHIVES, CACHE, free_bytes, full_disks
-from onewan.memory.plan.machine import Machine, find_machine, machine_of
+from onewan.memory.plan.machine import MACHINE_SIZE, Machine, find_machine, machine_of
 from onewan.memory.plan.make import check_plan, disk_space, limited, make_plan, trained_counts
 from onewan.memory.plan.processes import divided, of_each_process
 from onewan.memory.plan.result import (
@@ -18,12 +18,14 @@ from onewan.memory.plan.result import (
     StepTime,
 )
 from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.sharing import Sharing
 from onewan.memory.plan.smallest import smallest_machine
 from onewan.memory.plan.stored import StoredModel, read_stored_model
 
 __all__ = [
     "ARCHIVES",
     "CACHE",
+    "MACHINE_SIZE",
     "Bucket",
     "BucketPlan",
     "Machine",
@@ -32,6 +34,7 @@ __all__ = [
     "Processes",
     "RunTime",
     "Settings",
+    "Sharing",
     "StepTime",
     "StoredModel",
     "check_plan",

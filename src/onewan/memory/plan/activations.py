@@ -251,3 +251,9 @@ def smallest_peak(batch: Batch) -> int:
     float32 cast of the projection of the time embedding to the modulation of the blocks, 6 widths
     wide."""
     return 4 * 6 * batch.shape.width**2 + batch.block_input
+
+
+def exchange_bytes(batch: Batch) -> int:
+    """Bytes of what processes that share the tokens of `batch` have of them twice in attention:
+    queries, keys, values and outputs, of their own tokens and of their own heads."""
+    return round(batch.bytes(Tensors(half=4)))

@@ -210,7 +210,7 @@ def _changes(config: ResolvedRun) -> Iterator[_Change]:
 
 def _memory_changes(config: ResolvedRun) -> Iterator[_Change]:
     """Settings of the memory section that the plan could choose better, and packed weights."""
-    memory = config.memory
+    memory, is_fine_tuning = config.memory, isinstance(config.method, FineTuneMethod)
     for name in ("resident_blocks", "offload_inputs", "keep_attention", "feed_forward_chunks"):
         if getattr(memory, name) is not None:
             yield _change(f"leave memory.{name} to the plan", {f"memory.{name}": None})
@@ -223,10 +223,13 @@ def _memory_changes(config: ResolvedRun) -> Iterator[_Change]:
             "Comfy-Org/Wan_2.1_ComfyUI_repackaged)"
         )
         yield _change(text, {"model.text_encoder": FP8_TEXT_ENCODER})
-    if memory.host_weights != "mapped" and not isinstance(config.method, FineTuneMethod):
+    if memory.host_weights != "mapped" and not is_fine_tuning:
         text = "read streamed weights from the model's file each time (slower, unless it is cached)"
         yield _change(text, {"memory.host_weights": "mapped"})
-    if memory.weights == "as_stored" and not isinstance(config.method, FineTuneMethod):
+    if config.parallel.weights.startswith("sharded") and not is_fine_tuning:
+        text = "all frozen weights in each process, streamed from host memory as far as needed"
+        yield _change(text, {"parallel.weights": "replicated"})
+    if memory.weights == "as_stored" and not is_fine_tuning:
         for storage in ("fp8", "int8", "nf4"):
             text = f"store the frozen weights of the blocks in {storage}"
             yield _change(text, {"memory.weights": storage})

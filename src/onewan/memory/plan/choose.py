@@ -124,8 +124,11 @@ def _combinations(
 def _with_resident(
     costs: RunCosts, bucket: Bucket, machine: Machine, settings: Settings
 ) -> Settings:
-    """`settings` with as many resident blocks as fit, or the run file's number of them."""
+    """`settings` with as many resident blocks as fit, or the run file's number of them; with none
+    where weights are sharded, since no block is whole between its two passes."""
     none = replace(settings, resident_blocks=0)
+    if costs.sharing.is_sharded:
+        return none
     resident = most_resident(
         costs.layers,
         costs.transformer.block_bytes + costs.streamed_state,
@@ -162,26 +165,10 @@ def _complexity(candidate: Candidate) -> tuple[int, int, int]:
 
 def _time(costs: RunCosts, bucket: Bucket, settings: Settings, machine: Machine) -> StepTime:
     """Of one optimizer step: all its micro-batches."""
-    config, batch = costs.config, costs.batch(bucket)
-    attended = None
-    if not config.wan_config.use_temporal_attention:
-        attended = bucket.tokens_of_a_frame(config.model.facts())
-    block_bytes, state = costs.transformer.block_bytes, costs.streamed_state
-
-    def work(settings: Settings) -> StepWork:
-        return step_work(
-            batch,
-            settings,
-            config.method,
-            block_bytes,
-            attended=attended,
-            streamed_state=state,
-        )
-
-    step = work(settings)
+    step = training_work(costs, bucket, settings)
     computed = (step.forward_flops + step.backward_flops) / machine.flops
-    weights = settings.streamed(costs.layers)
-    count = config.train.accumulation
+    weights = costs.streamed(settings)
+    count = costs.config.train.accumulation
     return StepTime(
         seconds=count * sum(step.seconds(machine)) + _switching(costs, settings, machine),
         resident_seconds=count * computed,
@@ -190,6 +177,24 @@ def _time(costs: RunCosts, bucket: Bucket, settings: Settings, machine: Machine)
         bytes_to_device=count * step.to_device,
         bytes_to_host=count * (step.to_host + step.written_back),
         weights_to_device=count * 2 * step.forward_to_device if weights else 0.0,
+    )
+
+
+def training_work(costs: RunCosts, bucket: Bucket, settings: Settings) -> StepWork:
+    """Of one process, in a forward and a backward pass over a batch of `bucket`."""
+    config, variant = costs.config, costs.config.model.facts()
+    sequence, attended = costs.sharing.sequence, None
+    if not config.wan_config.use_temporal_attention:
+        attended = bucket.tokens_of_a_frame(variant)
+    elif sequence > 1:  # a process has a part of the tokens, which attend to all of them
+        attended = bucket.tokens(variant)
+    return step_work(
+        costs.batch(bucket, sequence=sequence),
+        costs.copying(settings),
+        config.method,
+        costs.transformer.block_bytes,
+        attended=attended,
+        streamed_state=costs.streamed_state,
     )
 
 

@@ -7,15 +7,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from onewan.config.method import FineTuneMethod
-from onewan.config.resolve import condition_shares, trained_experts
+from onewan.config.resolve import trained_experts
 from onewan.config.schema import ResolvedRun
-from onewan.memory.plan.activations import Activations, Batch, activations, smallest_peak
+from onewan.memory.plan.activations import (
+    Activations,
+    Batch,
+    activations,
+    exchange_bytes,
+    smallest_peak,
+)
 from onewan.memory.plan.bucket import Bucket
-from onewan.memory.plan.free_space import CACHE
+from onewan.memory.plan.disk import disk_bytes
 from onewan.memory.plan.result import PhaseBytes
 from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.shapes import CAPTION_BYTES_PER_HEAD
-from onewan.memory.plan.stored import StoredModel, StoredTransformer
+from onewan.memory.plan.sharded import rank_bytes
+from onewan.memory.plan.sharded_parts import ShardedParts
+from onewan.memory.plan.sharing import ALONE, Sharing
+from onewan.memory.plan.stored import COMPUTED_TYPES, StoredModel, StoredTransformer
 from onewan.memory.plan.trained import TrainedWeights, trained_embeddings, trained_weights
 from onewan.memory.plan.work import RING
 from onewan.variants import TEXT_LENGTH, ExpertName
@@ -24,7 +33,6 @@ _PROCESS = 1_500_000_000
 """Bytes of host memory that Python, PyTorch and the libraries take."""
 _EXPANDED_AT_A_TIME = 1 << 23
 """Values of a packed matrix that are computed in float32 at a time."""
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +46,16 @@ class RunCosts:
     embeddings: TrainedWeights | None
     loaded: tuple[ExpertName, ...]
     """Experts whose weights are loaded: those that are trained, or all if videos are sampled."""
+    sharing: Sharing = ALONE
+    """What a process has of the weights and of a clip."""
 
     @staticmethod
-    def of(config: ResolvedRun, stored: StoredModel, before: RunCosts | None = None) -> RunCosts:
+    def of(
+        config: ResolvedRun,
+        stored: StoredModel,
+        before: RunCosts | None = None,
+        sharing: Sharing = ALONE,
+    ) -> RunCosts:
         """The costs of `config`. `before` are those of a run that differs in a few settings, whose
         trained weights are taken if they are the same; counting them takes longest."""
         experts = trained_experts(config)
@@ -59,6 +74,7 @@ class RunCosts:
             trained=trained,
             embeddings=trained_embeddings(config, stored.text_width),
             loaded=tuple(expert.name for expert in loaded),
+            sharing=sharing,
         )
 
     @cached_property
@@ -77,19 +93,50 @@ class RunCosts:
 
     @property
     def compute_bytes(self) -> int:
-        return _DTYPE_BYTES[self.config.model.dtype]
+        return COMPUTED_TYPES[self.config.model.dtype]
 
-    def batch(self, bucket: Bucket, clips: int | None = None) -> Batch:
+    def batch(self, bucket: Bucket, clips: int | None = None, sequence: int = 1) -> Batch:
+        """A batch of `clips` of `bucket`, of which `sequence` processes share the tokens."""
         return Batch(
             shape=self.transformer.shape,
-            tokens=bucket.tokens(self.config.model.facts()),
+            tokens=-(-bucket.tokens(self.config.model.facts()) // sequence),
             clips=self.config.train.batch_size if clips is None else clips,
             compute_bytes=self.compute_bytes,
         )
 
-    def activations(self, bucket: Bucket, settings: Settings) -> Activations:
-        gradients = self._gradients_of_a_block if settings.streamed(self.layers) else 0
-        return activations(self.batch(bucket), settings, self.config.method, gradients=gradients)
+    def streamed(self, settings: Settings) -> int:
+        """Blocks of an expert that are streamed from host memory."""
+        return 0 if self.sharing.is_sharded else settings.streamed(self.layers)
+
+    def copying(self, settings: Settings) -> Settings:
+        """`settings` by what is copied from host memory: shards never are."""
+        if not self.sharing.is_sharded:
+            return settings
+        return replace(settings, resident_blocks=self.layers)
+
+    def activations(self, bucket: Bucket, settings: Settings, sequence: int = 1) -> Activations:
+        gradients = self._gradients_of_a_block if self.streamed(settings) else 0
+        if self.sharing.is_sharded:
+            gradients = self.sharded.block_gradients
+        batch = self.batch(bucket, sequence=sequence)
+        return activations(batch, settings, self.config.method, gradients=gradients)
+
+    @cached_property
+    def sharded(self) -> ShardedParts:
+        """What a process has where weights are sharded."""
+        averages = self.config.train.ema
+        return ShardedParts(
+            loaded={
+                name: rank_bytes(
+                    self.config, self.stored.experts[name], self.trained.get(name), self.sharing
+                )
+                for name in self.loaded
+            },
+            trained=frozenset(self.trained),
+            sharing=self.sharing,
+            embeddings=self.embeddings,
+            averages_on_device=averages is not None and not averages.offload,
+        )
 
     # --------------------------------------------------------------------------- training
 
@@ -105,16 +152,24 @@ class RunCosts:
         return {}
 
     def _training(self, bucket: Bucket, settings: Settings) -> PhaseBytes:
-        acts = self.activations(bucket, settings)
+        sequence = self.sharing.sequence
+        acts, batch = self.activations(bucket, settings, sequence), self.batch(bucket)
         device = self._weights_on_device(settings)
         device |= self._trained_on_device(settings, training=True)
         device |= self._encoders_in_training()
         device["latents, text and rotary tables"] = self._inputs(bucket)
         # The cast at the beginning is gone when activations and gradients are there.
         later = acts.kept_on_device + device["gradients"]
-        live = max(acts.live, smallest_peak(self.batch(bucket)) - later)
-        if settings.streamed(self.layers):
-            live = max(0, live - self._gradients_of_a_block)  # which `live` has, where they are
+        live = max(acts.live, smallest_peak(batch) - later)
+        # Which `live` has, where they are.
+        if self.sharing.is_sharded:
+            live = max(0, live - self.sharded.block_gradients)
+        elif self.streamed(settings):
+            live = max(0, live - self._gradients_of_a_block)
+        if sequence > 1:
+            device["tokens that processes exchange"] = exchange_bytes(
+                self.batch(bucket, sequence=sequence)
+            )
         device["kept for the backward pass"] = acts.kept_on_device
         device["live block"] = live + self._expanded()
         pinned = self._weights_on_host(settings)
@@ -130,9 +185,12 @@ class RunCosts:
         """What a checkpoint copies in host memory. Fine-tuned weights are written one at a time,
         and the state of streamed blocks from where it is (`onewan.train.state`)."""
         whole = sum(t.saved for t in self._whole)
-        if self.is_fine_tuning:
+        if self.is_fine_tuning and self.sharing.is_sharded:
+            of_process = self.sharded.on_device(training=False)
+            whole = of_process["optimizer state"] + self.sharded.averages
+        elif self.is_fine_tuning:
             whole = sum(t.saved - t.stored for t in self._whole)
-            whole -= settings.streamed(self.layers) * self._per_block(whole)
+            whole -= self.streamed(settings) * self._per_block(whole)
         return whole + (0 if self.embeddings is None else self.embeddings.saved)
 
     def validation(self, bucket: Bucket, settings: Settings) -> PhaseBytes:
@@ -153,6 +211,8 @@ class RunCosts:
         return _phase("validation", device, pinned, self._process)
 
     def _weights_on_device(self, settings: Settings) -> dict[str, int]:
+        if self.sharing.is_sharded:
+            return self.sharded.weights
         model = self.transformer
         resident = min(settings.resident_blocks, model.shape.layers)
         streamed = settings.streamed(model.shape.layers)
@@ -212,6 +272,8 @@ class RunCosts:
 
     def _trained_on_device(self, settings: Settings, *, training: bool) -> dict[str, int]:
         """Trained weights, their gradients, optimizer state and averages."""
+        if self.sharing.is_sharded:
+            return self.sharded.on_device(training=training)
         parts = self._whole
         active = [max(parts, key=_all_bytes)] if parts and self._parks(settings) else parts
         embeddings = [self.embeddings] if self.embeddings is not None else []
@@ -273,6 +335,8 @@ class RunCosts:
 
     def _weights_on_host(self, settings: Settings) -> dict[str, int]:
         """Masters of the blocks, and what belongs to the expert that is not on the device."""
+        if self.sharing.is_sharded:
+            return {}
         models = [self.stored.experts[name] for name in self.loaded]
         layers = self.layers
         if settings.streamed(layers) or (
@@ -288,6 +352,8 @@ class RunCosts:
         return {}
 
     def _trained_on_host(self, settings: Settings) -> dict[str, int]:
+        if self.sharing.is_sharded:
+            return self.sharded.on_host
         parts = self._whole
         everything = [*parts, *([self.embeddings] if self.embeddings else [])]
         host = {"optimizer state": sum(t.state.host for t in everything)}
@@ -316,6 +382,13 @@ class RunCosts:
     def _caption(self) -> int:
         """Bytes while a caption is encoded."""
         return CAPTION_BYTES_PER_HEAD * self.stored.text_heads
+
+    def loading(self) -> PhaseBytes:
+        """Loading weights that are then sharded: all of them are in host memory first."""
+        models = [self.stored.experts[name] for name in self.loaded]
+        added = max((t.weights for t in self._whole), default=0) if self.is_fine_tuning else 0
+        host = {"whole weights": sum(model.all_bytes for model in models) + added}
+        return _phase("loading", self.sharded.weights, {}, self._process | host)
 
     def encoding(self, bucket: Bucket, strips: int) -> tuple[PhaseBytes, ...]:
         """Encoding captions, and the clips of `bucket` in so many strips; they run one after the
@@ -355,8 +428,12 @@ class RunCosts:
             "trained weights": kept,
         }
         pinned = self._weights_on_host(settings) | self._trained_on_host(parked)
-        state = trained["optimizer state"] + trained.get("averages", 0)
-        pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
+        if self.sharing.is_sharded:  # all of it stays on the device
+            denoising |= trained
+            decoding |= self.sharded.weights | trained
+        else:
+            state = trained["optimizer state"] + trained.get("averages", 0)
+            pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
         host = {**self._process, "the video": 15 * bucket.pixels * bucket.frames}
         return (
             _phase("sampling: denoising", denoising, pinned, host),
@@ -373,49 +450,8 @@ class RunCosts:
 
     def disk(self, clips: Mapping[Bucket, int]) -> dict[str, int]:
         """Bytes of the files that the run writes."""
-        config, variant = self.config, self.config.model.facts()
-        parts = [t for t in (*self.trained.values(), self.embeddings) if t is not None]
-        channels = variant.latent_channels * variant.encoded_videos
-        latents = sum(
-            count * 4 * channels * bucket.latent_cells(variant) for bucket, count in clips.items()
-        )
-        latents += sum(
-            4 * variant.latent_channels * _condition_cells(config, bucket, count)
-            for bucket, count in clips.items()
-        )
-        kept = config.train.keep_last + 1 + config.train.keep_best
-        exports = -(-config.train.steps // config.train.save_every)
-        if config.output.keep_last is not None:
-            exports = min(exports, config.output.keep_last)
-        exports += config.validation.clips > 0  # the best one
-        per_weight = _DTYPE_BYTES[config.output.dtype or "float32"]
-        if self.is_fine_tuning and config.output.dtype is None:
-            per_weight = self.compute_bytes
-        exported = sum(t.count for t in parts) * per_weight * len(config.output.formats)
-        exported *= 1 if config.train.ema is None else 2
-        return {
-            **({CACHE: latents} if config.video_data.cache else {}),
-            "checkpoints": kept * sum(t.saved for t in parts),
-            "exported weights": exports * exported,
-        }
-
-
-def _condition_cells(config: ResolvedRun, bucket: Bucket, clips: int) -> int:
-    """Latent cells that the conditions of a bucket's `clips` take in the cache besides that of the
-    first frame (`onewan.model.conditioning.ConditionPart`)."""
-    variant, used = config.model.facts(), {*condition_shares(config).used}
-    cells = bucket.latent_cells(variant)
-    frames = (bucket.frames - 1) // variant.temporal_compression + 1
-    ends = len(used & {"both", "last"}) if bucket.frames > 1 else 0
-    if not variant.condition_channels:
-        return clips * min(ends, 1) * cells // frames
-    # The latents of gray frames are the same for all clips of a shape.
-    # An image that is given its last frame is given its first one, which is the same.
-    gray = {"none"} if frames == 1 else {"none", "last"}
-    if variant.condition != "first_frame_channels":  # Wan2.2-Fun has zeros without a frame
-        gray.discard("none")
-    empty = cells if used & gray else 0
-    return clips * ends * cells // frames + empty
+        trained = [t for t in (*self.trained.values(), self.embeddings) if t is not None]
+        return disk_bytes(self.config, trained, clips)
 
 
 def _trains_the_same(one: ResolvedRun, other: ResolvedRun) -> bool:

@@ -77,8 +77,8 @@ class Machine:
     ranks: int = 1
     """Processes of the whole run, which may be on several machines."""
     machine_size: int = MACHINE_SIZE
-    """Of these, those on each machine, among which `parallel.weights: sharded_per_machine` shards
-    weights."""
+    """How many of them each machine has, among which `parallel.weights: sharded_per_machine`
+    shards weights."""
     notes: tuple[str, ...] = ()
     """What was assumed, for the user."""
 

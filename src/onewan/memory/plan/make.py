@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
 from onewan.config.schema import ResolvedRun
-from onewan.errors import MemoryPlanError
+from onewan.errors import ConfigError, MemoryPlanError
 from onewan.memory.plan.advice import advise
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.choose import Candidate, choose, most_resident
 from onewan.memory.plan.costs import RunCosts
-from onewan.memory.plan.machine import Machine
+from onewan.memory.plan.machine import MACHINE_SIZE, Machine
 from onewan.memory.plan.result import BucketPlan, PhaseBytes, Plan, encoding_strips
 from onewan.memory.plan.run_time import run_time
 from onewan.memory.plan.settings import Settings
+from onewan.memory.plan.sharing import sharing_on
 from onewan.memory.plan.stored import StoredModel, assumed_model, with_changes
+
+_MORE_PROCESSES = (2, 4, 8, 16, 32, 64, 128, 256)
+"""Numbers of processes that are tried where a run does not fit."""
 
 
 def make_plan(
@@ -43,7 +47,7 @@ def make_plan(
         raise ValueError("a plan needs at least one bucket")
     clips = buckets if isinstance(buckets, Mapping) else dict.fromkeys(buckets, 1)
     stored = stored or assumed_model(config)
-    costs = RunCosts.of(config, stored)
+    costs = RunCosts.of(config, stored, sharing=sharing_on(machine, config))
     kept = chunks or {}
     plan = _plan(costs, clips, machine, kept)
     plan = replace(plan, notes=(*notes, *plan.notes))
@@ -51,10 +55,40 @@ def make_plan(
         return plan
 
     def again(changed: ResolvedRun, clips: Mapping[Bucket, int]) -> Plan:
-        new = RunCosts.of(changed, with_changes(stored, changed), before=costs)
+        try:
+            sharing = sharing_on(machine, changed)
+        except ConfigError:  # so many processes can't do that, so it is no change
+            return plan
+        new = RunCosts.of(changed, with_changes(stored, changed), before=costs, sharing=sharing)
         return _plan(new, clips, machine, kept)
 
-    return replace(plan, suggestions=advise(config, clips, plan, again))
+    plan = replace(plan, suggestions=advise(config, clips, plan, again))
+    if plan.fits:
+        return plan
+    return replace(plan, enough=_enough_processes(config, clips, machine, stored))
+
+
+def _enough_processes(
+    config: ResolvedRun, clips: Mapping[Bucket, int], machine: Machine, stored: StoredModel
+) -> int | None:
+    """The smallest number of processes with which the run fits because weights are sharded, where
+    each has such a device and as much host memory; None if it does not fit with any, or if they
+    would not be sharded. A step has a clip for each process."""
+    size, costs = MACHINE_SIZE if machine.ranks == 1 else machine.machine_size, None
+    for count in (count for count in _MORE_PROCESSES if count > machine.ranks):
+        many = replace(machine, ranks=count, machine_size=size)
+        section = config.train.model_copy(update={"accumulation": count})
+        changed = config.model_copy(update={"train": section})
+        try:
+            sharing = sharing_on(many, changed)
+        except ConfigError:
+            return None
+        if not sharing.is_sharded:
+            continue
+        costs = RunCosts.of(changed, stored, before=costs, sharing=sharing)
+        if _plan(costs, clips, many, {}).fits:
+            return count
+    return None
 
 
 def disk_space(
@@ -78,7 +112,9 @@ def check_plan(plan: Plan) -> None:
     if plan.suggestions:
         details.append("what helps, the cheapest first:")
         details += [f"  {s.text} ({' '.join(s.change)})" for s in plan.suggestions]
-    else:
+    if plan.enough is not None:
+        details.append(f"{plan.enough_text} (`onewan plan --gpus {plan.enough}`)")
+    elif not plan.suggestions:
         details.append("no setting of the run file makes it fit; train at a smaller size")
     raise MemoryPlanError(
         f"memory: this run does not fit on {plan.machine.name} with "
@@ -110,6 +146,8 @@ def _plan(
     """The plan without suggestions. Parking the idle expert costs time at each switch, so it is
     chosen only where the run does not fit otherwise, or where the memory makes up for that."""
     kept = _with_parking(costs, clips, machine, chunks, park_idle=False)
+    if costs.sharing.is_sharded:
+        return kept
     if kept.fits and all(_has_all_it_wants(bucket) for bucket in kept.buckets):
         return kept
     parked = _with_parking(costs, clips, machine, chunks, park_idle=True)
@@ -148,6 +186,9 @@ def _with_parking(
     chosen.sort(key=lambda c: (-c.device_over, -c.plan.tokens))
     largest = max(clips, key=lambda bucket: bucket.pixels * bucket.frames)
     phases, notes = list[PhaseBytes](), [*machine.notes, *costs.stored.notes]
+    if costs.sharing.is_sharded:
+        phases.append(costs.loading())
+        notes += _without_effect(costs.config)
     if _encodes(costs.config):
         strips = encoding_strips(costs.stored.vae, machine, largest)
         phases += costs.encoding(largest, strips)
@@ -171,7 +212,18 @@ def _with_parking(
         suggestions=(),
         notes=tuple(notes),
         vae=costs.stored.vae,
+        sharing=costs.sharing,
     )
+
+
+def _without_effect(config: ResolvedRun) -> Iterator[str]:
+    """A note for each setting that the run file gives and sharded weights have no use for."""
+    for name in ("resident_blocks", "host_weights"):
+        if getattr(config.memory, name) is not None:
+            yield (
+                f"memory.{name} has no effect where weights are sharded: a block is whole on the "
+                "device only while it computes, and nothing of it is in host memory"
+            )
 
 
 def _encodes(config: ResolvedRun) -> bool:
@@ -194,11 +246,13 @@ def _sampling(
     bucket = Bucket(frames=sample.frames, width=sample.width, height=sample.height)
     none = replace(training, resident_blocks=0)
     denoising, _ = costs.sampling(bucket, none)
-    resident = most_resident(
-        costs.layers,
-        costs.transformer.block_bytes,
-        machine.device_budget,
-        denoising.device_bytes,
-        costs.config.memory.resident_blocks,
-    )
+    resident = 0
+    if not costs.sharing.is_sharded:
+        resident = most_resident(
+            costs.layers,
+            costs.transformer.block_bytes,
+            machine.device_budget,
+            denoising.device_bytes,
+            costs.config.memory.resident_blocks,
+        )
     return costs.sampling(bucket, replace(training, resident_blocks=resident)), resident

@@ -10,6 +10,7 @@ from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.choose import bucket_plan
+from onewan.memory.plan.communication import communication, summed_numbers
 from onewan.memory.plan.costs import RunCosts
 from onewan.memory.plan.machine import Machine
 from onewan.memory.plan.make import make_plan
@@ -19,9 +20,18 @@ from onewan.memory.plan.stored import StoredModel
 from onewan.parallel.division import Division
 
 
-def of_each_process(machine: Machine, count: int) -> Machine:
-    """What each of `count` processes on one machine has: a device, and its share of the host."""
-    return replace(machine, ram=machine.ram // count, processes=count)
+def of_each_process(
+    machine: Machine, count: int, ranks: int | None = None, machine_size: int | None = None
+) -> Machine:
+    """What each of `count` processes that share a host has: a device, and its part of the memory.
+    The run has `ranks` processes in all, `machine_size` on each machine; None: as many."""
+    return replace(
+        machine,
+        ram=machine.ram // count,
+        processes=count,
+        ranks=count if ranks is None else ranks,
+        machine_size=count if machine_size is None else machine_size,
+    )
 
 
 def divided(
@@ -38,9 +48,9 @@ def divided(
     `division` give on one `machine`. `clips` and `stored` are those of `plan`. `is_due` says
     whether something is done after so many steps, for which processes wait for each other.
     Gradients are summed over `network`, or else at the rate of the bus."""
-    costs = RunCosts.of(config, stored)
+    costs = RunCosts.of(config, stored, sharing=plan.sharing)
     each = _of_the_largest_part(config, division.parts)
-    of_part = RunCosts.of(each, stored, before=costs)
+    of_part = RunCosts.of(each, stored, before=costs, sharing=plan.sharing)
     buckets = tuple(
         bucket_plan(of_part, bucket.bucket, bucket.settings, plan.machine)
         for bucket in plan.buckets
@@ -48,10 +58,17 @@ def divided(
     resident = plan.sampling_resident_blocks
     time = run_time(of_part, buckets, clips, plan.machine, resident)
     network = network or Network(within=plan.machine.bus, between=plan.machine.bus)
-    summed = _summed_numbers(costs) if division.parts > 1 else 0
+    summed = summed_numbers(costs) if len(division.groups[0].ranks) > 1 else 0
     # A bound: most of it travels during the backward pass, if the network is fast (`GradientSums`).
     summing = max(network.seconds_of_sum(summed, group.ranks) for group in division.groups)
-    step, count = time.step + summing, sum(len(group.ranks) for group in division.groups)
+    sent = [
+        communication(of_part, buckets, clips, plan.machine, network, group)
+        for group in division.groups
+    ]
+    waiting = max(found.waiting for found in sent)
+    exchanging = max(found.exchanging for found in sent)
+    step = time.step + summing + waiting + exchanging
+    count = sum(len(group.ranks) for group in division.groups)
     at_a_time, unpaired = time.steps, 0
     if division.side_by_side:
         at_a_time = _steps_at_a_time(config, is_due)
@@ -74,13 +91,18 @@ def divided(
             steps=time.steps,
             unpaired_steps=unpaired,
             parts=division.parts,
+            sequence=division.sequence,
             clips=config.train.batch_size * config.train.accumulation,
             clips_of_each=each.train.batch_size * each.train.accumulation,
             step=step,
             summing=summing,
             gradient_bytes=SUM_BYTES * summed,
+            waiting=waiting,
+            weight_bytes=max(found.weights for found in sent),
+            exchanging=exchanging,
+            token_bytes=max(found.tokens for found in sent),
             total=at_a_time * step + samples + validation,
-            alone=alone.run_time.total,
+            alone=alone.run_time.total if alone.fits else None,
             host_bytes=count * plan.host_peak.host_bytes,
         ),
     )
@@ -94,13 +116,6 @@ def _of_the_largest_part(config: ResolvedRun, parts: int) -> ResolvedRun:
         batches, size = 1, -(-train.accumulation * train.batch_size // parts)
     changed = train.model_copy(update={"accumulation": batches, "batch_size": size})
     return config.model_copy(update={"train": changed})
-
-
-def _summed_numbers(costs: RunCosts) -> int:
-    """How many numbers the gradients of a step have."""
-    experts = [trained.count for trained in costs.trained.values() if trained is not None]
-    embeddings = 0 if costs.embeddings is None else costs.embeddings.count
-    return max(experts, default=0) + embeddings
 
 
 def _steps_at_a_time(config: ResolvedRun, is_due: Callable[[int], bool]) -> int:

@@ -11,6 +11,7 @@ from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.machine import Machine
 from onewan.memory.plan.settings import Settings
 from onewan.memory.plan.shapes import VaeShape
+from onewan.memory.plan.sharing import ALONE, Sharing
 from onewan.variants import ExpertName
 
 
@@ -111,6 +112,8 @@ class Processes:
     """Those of one expert, of two that are trained at the same time, while the other one waits."""
     parts: int
     """In how many parts a step's clips are shared."""
+    sequence: int
+    """How many processes share the tokens of a clip."""
     clips: int
     """Of a step."""
     clips_of_each: int
@@ -120,11 +123,21 @@ class Processes:
     summing: float
     """Seconds of it for the sums of gradients, which are sent at the rate of the bus."""
     gradient_bytes: int
-    """That each process has to sum with others in a step."""
+    """That each process has to sum with others in a step, whole."""
+    waiting: float
+    """Seconds of it in which nothing is computed, until weights of blocks are gathered and their
+    gradients are summed, where weights are sharded."""
+    weight_bytes: float
+    """That each process sends for these in a step."""
+    exchanging: float
+    """Seconds of it for what processes exchange that share the tokens of a clip."""
+    token_bytes: float
+    """That each process sends for that in a step."""
     total: float
     """Seconds of the whole run, as `RunTime.total`."""
-    alone: float
-    """The same with one process, which has all of the host's memory."""
+    alone: float | None
+    """The same with one process, which has all of the host's memory; None if it does not fit on
+    one device."""
     host_bytes: int
     """Of host memory at the peak, of all processes together."""
 
@@ -166,6 +179,20 @@ class Plan:
     """Number of clips, by the headers of their files; 0: there are none yet, or it is not known."""
     processes: Processes | None = None
     """What several processes give, of which the rest is the plan of one; None: there is one."""
+    sharing: Sharing = ALONE
+    """What a process has of the weights and of a clip."""
+    enough: int | None = None
+    """Of a run that does not fit: how many processes would have the memory for it, if that is
+    known."""
+
+    @property
+    def enough_text(self) -> str:
+        """The same, for the user."""
+        return (
+            f"{self.enough} processes, with such a device and {format_bytes(self.machine.ram)} of "
+            "host memory each, have the memory for it: the weights of blocks are sharded among "
+            "those that train the same expert"
+        )
 
     @property
     def worst(self) -> BucketPlan:
@@ -272,6 +299,8 @@ class Plan:
             "processes": None if self.processes is None else asdict(self.processes),
             "suggestions": [asdict(suggestion) for suggestion in self.suggestions],
             "notes": list(self.notes),
+            "sharing": asdict(self.sharing),
+            "enough": self.enough,
         }
 
 

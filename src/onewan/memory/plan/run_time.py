@@ -80,6 +80,9 @@ def _times_due(every: int, steps: int) -> int:
 def _pass(costs: RunCosts, bucket: Bucket, settings: Settings, machine: Machine) -> float:
     """Seconds of one pass of a transformer over one clip, without gradients."""
     work = step_work(
-        costs.batch(bucket, 1), settings, costs.config.method, costs.transformer.block_bytes
+        costs.batch(bucket, 1),
+        costs.copying(settings),
+        costs.config.method,
+        costs.transformer.block_bytes,
     )
     return max(work.forward_flops / machine.flops, work.forward_to_device / machine.bus)

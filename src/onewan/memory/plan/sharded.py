@@ -83,9 +83,12 @@ class RankBytes:
     averages: int
     whole_weights: int
     """At the peak, of blocks that are gathered: `WHOLE_BLOCKS` of them."""
-    whole_gradients: int
-    """At the peak, of blocks that are trained: one that is computed, in the type of its weights,
-    and one that is reduce-scattered, in float32, with the sums of the process's rows."""
+    block_gradients: int
+    """Whole ones of the block that is differentiated, in the type of its weights; 0 if blocks are
+    frozen."""
+    reduced_gradients: int
+    """Whole ones in float32 of the block before, which are being reduce-scattered, with the
+    sums of the process's rows."""
 
     @property
     def parameters(self) -> int:
@@ -108,14 +111,14 @@ def rank_bytes(
     fine_tunes = trained is not None and isinstance(config.method, FineTuneMethod)
     weights = list(expert_weights(config, stored, fine_tunes=fine_tunes))
     numbers = [(weight, weight.rows_of(sharing, rank) * weight.row) for weight in weights]
-    whole_weights, whole_gradients = ([0.0] * stored.shape.layers for _ in range(2))
+    whole_weights, gradients_of, reduced = ([0.0] * stored.shape.layers for _ in range(3))
     for weight in weights:
         if weight.block is not None:
             whole_weights[weight.block] += weight.padded(sharing) * weight.computed_size
             if weight.trained_size:
+                gradients_of[weight.block] += weight.numbers * weight.trained_size
                 sums = weight.padded(sharing) * (1 + 1 / sharing.shards)
-                gradient = weight.numbers * weight.trained_size + _REDUCED * sums
-                whole_gradients[weight.block] += gradient
+                reduced[weight.block] += _REDUCED * sums
     own = [(weight, count) for weight, count in numbers if weight.trained_size and count]
     shapes: list[Shape] = [
         (weight.rows_of(sharing, rank), weight.row) if weight.row > 1 else (count,)
@@ -137,7 +140,8 @@ def rank_bytes(
         state=state,
         averages=averages,
         whole_weights=min(WHOLE_BLOCKS, stored.shape.layers) * round(max(whole_weights)),
-        whole_gradients=round(max(whole_gradients)),
+        block_gradients=round(max(gradients_of)),
+        reduced_gradients=round(max(reduced)),
     )
 
 
