@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from onewan.arithmetic.collectives import (
@@ -78,6 +78,11 @@ def communication(
         found += _of_tokens(costs, bucket, network, group)
         total += found.times(costs.config.train.accumulation * clips[bucket.bucket] / count)
     return total
+
+
+def slowest(found: Iterable[Communication]) -> Communication:
+    """Of several groups, that which takes longest."""
+    return max(found, key=lambda each: each.waiting + each.exchanging)
 
 
 def summed_numbers(costs: RunCosts) -> int:

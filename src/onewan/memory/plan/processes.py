@@ -10,11 +10,11 @@ from onewan.config.resolve import expert_schedule_of
 from onewan.config.schema import ResolvedRun
 from onewan.memory.plan.bucket import Bucket
 from onewan.memory.plan.choose import bucket_plan
-from onewan.memory.plan.communication import communication, summed_numbers
+from onewan.memory.plan.communication import communication, slowest, summed_numbers
 from onewan.memory.plan.costs import RunCosts
 from onewan.memory.plan.machine import Machine
 from onewan.memory.plan.make import make_plan
-from onewan.memory.plan.result import Plan, Processes
+from onewan.memory.plan.result import Plan, Processes, RunTime
 from onewan.memory.plan.run_time import run_time
 from onewan.memory.plan.stored import StoredModel
 from onewan.parallel.division import Division
@@ -51,36 +51,22 @@ def divided(
     costs = RunCosts.of(config, stored, sharing=plan.sharing)
     each = _of_the_largest_part(config, division.parts)
     of_part = RunCosts.of(each, stored, before=costs, sharing=plan.sharing)
-    buckets = tuple(
-        bucket_plan(of_part, bucket.bucket, bucket.settings, plan.machine)
-        for bucket in plan.buckets
-    )
-    resident = plan.sampling_resident_blocks
-    time = run_time(of_part, buckets, clips, plan.machine, resident)
+    buckets = [bucket_plan(of_part, b.bucket, b.settings, plan.machine) for b in plan.buckets]
+    time = run_time(of_part, buckets, clips, plan.machine, plan.sampling_resident_blocks)
     network = network or Network(within=plan.machine.bus, between=plan.machine.bus)
     summed = summed_numbers(costs) if len(division.groups[0].ranks) > 1 else 0
     # A bound: most of it travels during the backward pass, if the network is fast (`GradientSums`).
     summing = max(network.seconds_of_sum(summed, group.ranks) for group in division.groups)
-    sent = [
+    sent = slowest(
         communication(of_part, buckets, clips, plan.machine, network, group)
         for group in division.groups
-    ]
-    waiting = max(found.waiting for found in sent)
-    exchanging = max(found.exchanging for found in sent)
-    step = time.step + summing + waiting + exchanging
+    )
+    step = time.step + summing + sent.waiting + sent.exchanging
     count = sum(len(group.ranks) for group in division.groups)
     at_a_time, unpaired = time.steps, 0
     if division.side_by_side:
         at_a_time = _steps_at_a_time(config, is_due)
         unpaired = 2 * at_a_time - time.steps
-    samples = time.samples * time.sample + time.full_samples * time.full_sample
-    # Videos that are due together are made at the same time, one by each process.
-    if videos := len(config.sample.prompts):
-        samples *= -(-videos // count) / videos
-    # Each process validates its expert, or all of them, on the largest of equal parts of the clips.
-    validation = time.validations * time.validation / len(division.groups)
-    if validated := config.validation.clips:
-        validation *= -(-validated // division.parts) / validated
     alone = make_plan(config, clips, machine, stored, advice=False)
     return replace(
         plan,
@@ -97,15 +83,28 @@ def divided(
             step=step,
             summing=summing,
             gradient_bytes=SUM_BYTES * summed,
-            waiting=waiting,
-            weight_bytes=max(found.weights for found in sent),
-            exchanging=exchanging,
-            token_bytes=max(found.tokens for found in sent),
-            total=at_a_time * step + samples + validation,
+            waiting=sent.waiting,
+            weight_bytes=sent.weights,
+            exchanging=sent.exchanging,
+            token_bytes=sent.tokens,
+            total=at_a_time * step + _between_steps(config, time, division, count),
             alone=alone.run_time.total if alone.fits else None,
             host_bytes=count * plan.host_peak.host_bytes,
         ),
     )
+
+
+def _between_steps(config: ResolvedRun, time: RunTime, division: Division, count: int) -> float:
+    """Seconds of sample videos and validations, of which `count` processes do parts."""
+    samples = time.samples * time.sample + time.full_samples * time.full_sample
+    # Videos that are due together are made at the same time, one by each process.
+    if videos := len(config.sample.prompts):
+        samples *= -(-videos // count) / videos
+    # Each process validates its expert, or all of them, on the largest of equal parts of the clips.
+    validation = time.validations * time.validation / len(division.groups)
+    if validated := config.validation.clips:
+        validation *= -(-validated // division.parts) / validated
+    return samples + validation
 
 
 def _of_the_largest_part(config: ResolvedRun, parts: int) -> ResolvedRun:
