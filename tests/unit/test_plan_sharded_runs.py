@@ -133,15 +133,18 @@ def test_frozen_weights_are_sharded_where_the_run_file_asks_for_it(plan) -> None
     assert whole.processes is not None and whole.processes.weight_bytes == 0
 
 
-def test_samples_are_made_beside_all_that_is_sharded(plan) -> None:
+def test_samples_are_made_beside_the_shards(plan) -> None:
     prompts = "sample={prompts: [a fox], width: 832, height: 480, frames: 33}"
-    given = plan(8, TOGETHER, prompts)
+    averaged = "train.ema={decay: 0.999, offload: false}"
+    given = plan(8, TOGETHER, averaged, prompts)
     training = given.worst.training.device
-    for phase in given.phases:
-        if phase.phase.startswith("sampling"):
-            for name in ("shards of the blocks", "optimizer state"):
-                assert phase.device[name] == training[name]
-            assert "gradients" not in phase.device and not phase.pinned
+    sampling = [phase for phase in given.phases if phase.phase.startswith("sampling")]
+    assert len(sampling) == 2
+    for phase in sampling:
+        assert phase.device["shards of the blocks"] == training["shards of the blocks"]
+        assert {"gradients", "optimizer state", "averages"}.isdisjoint(phase.device)
+        moved = training["optimizer state"] + training["averages"]
+        assert phase.pinned["optimizer state"] == moved
 
 
 def test_what_does_not_fit_is_refused_with_the_processes_that_would(plan) -> None:

@@ -428,12 +428,10 @@ class RunCosts:
             "trained weights": kept,
         }
         pinned = self._weights_on_host(settings) | self._trained_on_host(parked)
-        if self.sharing.is_sharded:  # all of it stays on the device
-            denoising |= trained
-            decoding |= self.sharded.weights | trained
-        else:
-            state = trained["optimizer state"] + trained.get("averages", 0)
-            pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
+        if self.sharing.is_sharded:  # which stay where they are
+            decoding |= self.sharded.weights | {"trained weights": trained["trained weights"]}
+        state = trained["optimizer state"] + trained.get("averages", 0)
+        pinned["optimizer state"] = pinned.get("optimizer state", 0) + state
         host = {**self._process, "the video": 15 * bucket.pixels * bucket.frames}
         return (
             _phase("sampling: denoising", denoising, pinned, host),

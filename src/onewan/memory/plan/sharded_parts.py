@@ -1,7 +1,8 @@
 """`ShardedParts`: what a process with shards has of all experts, in the phases of a run.
 
-Nothing of it leaves the device: neither the shards of the expert that does not compute, nor
-optimizer state. Host memory has whole weights only while they are loaded.
+Shards stay on the device, also those of the expert that does not compute, and optimizer state and
+averages leave it only while videos are sampled. Host memory has whole weights while they are
+loaded.
 """
 
 from __future__ import annotations
