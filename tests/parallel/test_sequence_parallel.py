@@ -8,11 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import shared_tokens
 from support.equal_runs import (
+    Trainer,
+    assert_close,
     distance,
+    events,
+    failure_with_a_damaged_clip,
     first_gradients,
+    notes,
 )
-from support.runs import RunFile
+from support.runs import PLACEHOLDER, SMALL_SAMPLE, RunFile, layout_of
 from support.shared_tokens import DIVIDES, Case, alone_and_together, results
 from support.tiny_models import TinyModels
 from support.torchrun import together
@@ -80,8 +86,6 @@ def test_results_and_gradients_are_those_of_one_process(processes: int) -> None:
 
 def test_a_forward_pass_of_a_sampler_is_not_shared() -> None:
     """`WanTransformer.forward`, as pipelines call it, needs no other process."""
-    from support import shared_tokens
-
     model = shared_tokens._model(Case(), torch.float32)
     model.sharing = SequenceParallel(ranks=Alone(), group=(0, 1))
     x, t, text = torch.zeros(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.zeros(1, 512, 24)
@@ -95,22 +99,25 @@ def test_a_forward_pass_of_a_sampler_is_not_shared() -> None:
 # ------------------------------------------------------------------------------------------- runs
 
 SHARED = "parallel.sequence_parallel=2"
-MORE = ["train.batch_size=2", "optimizer.lr=0.002"]
+OPTIMIZER = ["optimizer.lr=0.002", "optimizer.eps=1e-6"]
+"""Adam takes steps of full size along gradients that are rounding error, unless `eps` is larger."""
+MORE = ["train.batch_size=2", *OPTIMIZER]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """The setting with a model of a variant, whose four attention heads can be shared."""
-    models = TinyModels(tmp_path_factory.mktemp("heads"), width=128, layers=2)
+    """The setting with a model of a variant, whose two attention heads can be shared."""
+    models = TinyModels(tmp_path_factory.mktemp("heads"), width=64, layers=2)
     return lambda variant: f"model.path={models(variant).as_posix()}"  # pyright: ignore[reportArgumentType]
 
 
-def speed_and_seed(run: Run, step: StepBatches) -> dict[str, torch.Tensor]:
+def of_this_rank(run: Run, step: StepBatches) -> dict[str, torch.Tensor]:
     speed = step_speed(run, step, 1.0, 1e12)
     numbers = [speed.tokens_per_second, speed.tflops, speed.mfu or 0.0]
     return {
         "speed": torch.tensor(numbers),
         "seed": torch.tensor(torch.initial_seed() % 2**31),
+        "warned": torch.tensor(sum("share the tokens" in line for line in run.warnings)),
     }
 
 
@@ -134,9 +141,9 @@ def test_gradients_of_a_step_are_those_of_one_process(
     settings = [*footage, *MORE, model(variant), "parallel.experts=together"]
     run_file(variant, *settings)
     path = tmp_path / "run.yaml"
-    one = first_gradients(path, settings, speed_and_seed)
-    first, *others = together(processes, first_gradients, path, [*settings, SHARED], speed_and_seed)
-    of_rank = {"speed", "seed"}
+    one = first_gradients(path, settings, of_this_rank)
+    first, *others = together(processes, first_gradients, path, [*settings, SHARED], of_this_rank)
+    of_rank = {"speed", "seed", "warned"}
     assert first.keys() == one.keys() and len(one) > 10
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in one.keys() - of_rank)
@@ -147,3 +154,112 @@ def test_gradients_of_a_step_are_those_of_one_process(
         assert distance(whole, summed) < 1e-5
     total = sum(found["speed"] for found in (first, *others))
     torch.testing.assert_close(total, one["speed"])
+
+
+EVERYTHING = [
+    "train.steps=6",
+    "train.save_every=2",
+    "train.ema={decay: 0.9}",
+    "train.keep_best=true",
+    "validation={clips: 2, every: 3}",
+]
+RUNS = {
+    "four processes": (4, "ti2v-5b", []),
+    "four processes, side by side": (4, "t2v-a14b", ["train.switch_expert_every=1"]),
+    "weights": (
+        2,
+        "ti2v-5b",
+        [
+            "method={kind: fine_tune}",
+            "parallel.weights=replicated",
+            "optimizer.lr=0.0002",
+            "video_data.sources.0.class_word=''",
+            "video_data.sources.1.target=data",
+        ],
+    ),
+    "embeddings": (
+        2,
+        "ti2v-5b",
+        [
+            PLACEHOLDER,
+            "video_data.sources.0.trigger_word=<shape>",
+            "video_data.sources.0.class_word=''",
+        ],
+    ),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", RUNS)
+def test_a_run_is_that_of_one_process(
+    run_file: RunFile,
+    tmp_path: Path,
+    footage: list[str],
+    model: Callable[[str], str],
+    case: str,
+) -> None:
+    """With masks, prior clips and kept predictions, averages, validation, best weights, states and
+    exports."""
+    processes, variant, own = RUNS[case]
+    settings = [*footage, *MORE, *EVERYTHING, model(variant), *own]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant=variant, settings=settings)
+    one = trainer.train("one")
+    several = trainer.train("several", processes, SHARED)
+    assert any("2 of them share the tokens of a clip" in note for note in notes(several))
+    assert len(events(several, "validation")) >= 3
+    assert_close(one, several, 1e-5)
+
+
+@pytest.mark.long
+def test_a_run_that_changes_its_number_of_processes_is_that_of_one(
+    run_file: RunFile, tmp_path: Path, footage: list[str], model: Callable[[str], str]
+) -> None:
+    """Two processes share the tokens of a step's only clip, as `auto` chooses it. One of them makes
+    the sample video, in which the other one has no part."""
+    sample = {**SMALL_SAMPLE, "every": 24}
+    settings = [
+        *footage,
+        *EVERYTHING,
+        *OPTIMIZER,
+        model("ti2v-5b"),
+        "train.steps=24",
+        "validation.every=12",
+        *(f"sample.{name}={value}" for name, value in sample.items()),
+    ]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant="ti2v-5b", settings=settings)
+    one = trainer.train("one")
+    trainer.train("changing", 2, stop_after=16)
+    trainer.train("changing", 1, resume=True, stop_after=20)
+    changing = trainer.train("changing", 2, resume=True)
+    assert notes(changing).count("2 processes, 2 of them share the tokens of a clip") == 2
+    for config in (one, changing):
+        assert len(list(layout_of(config).root.glob("samples/*/*.mp4"))) == 1
+    assert_close(one, changing, 1e-5)
+
+
+def test_dropout_differs_between_processes_that_share_tokens(
+    run_file: RunFile, tmp_path: Path, model: Callable[[str], str]
+) -> None:
+    settings = [model("ti2v-5b"), "wan_config.max_frames=5", "method.dropout=0.5", SHARED]
+    run_file("ti2v-5b", *settings)
+    runs = [
+        together(2, first_gradients, tmp_path / "run.yaml", settings, of_this_rank)
+        for _ in range(2)
+    ]
+    for first, second in runs:
+        assert first["seed"] != second["seed"]
+        assert first["warned"] == 1
+    for name, gradient in runs[0][0].items():
+        assert torch.equal(gradient, runs[1][0][name])  # and the same again in a resumed run
+
+
+def test_a_loss_that_is_not_finite_names_the_clip_in_all_processes_that_have_it(
+    run_file: RunFile, tmp_path: Path, model: Callable[[str], str]
+) -> None:
+    settings = [model("ti2v-5b"), "train.save_every=1", f"output.dir={tmp_path.as_posix()}"]
+    config = run_file("ti2v-5b", *settings)
+    errors = together(2, failure_with_a_damaged_clip, tmp_path / "run.yaml", settings, 0, 1)
+    for error in errors:
+        assert error.startswith("step 2 (single expert): the loss is not finite with "), error
+        assert ". Look at that clip" in error
+    assert layout_of(config).saved_steps() == [1]

@@ -167,7 +167,8 @@ def assert_close(one: ResolvedRun, other: ResolvedRun, tolerance: float) -> None
     first, second = vectors(one), vectors(other)
     assert first.keys() == second.keys() and first
     distances = {name: distance(first[name], second[name]) for name in first}
-    assert not {name: far for name, far in distances.items() if not far <= tolerance}
+    too_far = {name: far for name, far in distances.items() if not far <= tolerance}
+    assert not too_far, too_far
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -232,12 +233,12 @@ def first_gradients_in_small_messages(
     return first_gradients(run_yaml, overrides)
 
 
-def failure_with_a_damaged_clip(run_yaml: Path, overrides: Sequence[str], rank: int) -> str:
-    """Train with a clip that is not finite on one of the processes; how this one's run ends."""
+def failure_with_a_damaged_clip(run_yaml: Path, overrides: Sequence[str], *ranks: int) -> str:
+    """Train with a clip that is not finite on some of the processes; how this one's run ends."""
     plain = steps.train_step
 
     def damaged(run: Run, step: StepBatches) -> StepMetrics:
-        if step.number == 1 and run.ranks.rank == rank:
+        if step.number == 1 and run.ranks.rank in ranks:
             step.batches[0].latents[0, 0, 0, 0, 0] = float("nan")
         return plain(run, step)
 
