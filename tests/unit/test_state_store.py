@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def test_rotation_keeps_the_newest_states_the_best_and_every_nth(tmp_path: Path)
     assert sorted(p.name for p in layout.states_dir.iterdir()) == [
         layout.state(step).name for step in (3, 4, 7, 8)
     ]
+
+
+def test_files_in_folders_of_a_state_are_verified_too(tmp_path: Path) -> None:
+    layout = RunLayout(tmp_path)
+
+    def write_shards(folder: Path) -> None:
+        write(folder)
+        (folder / "high.shards").mkdir()
+        (folder / "high.shards" / "one").write_text("12345")
+
+    StateStore(layout, keep=2).save(1, write)
+    StateStore(layout, keep=2).save(2, write_shards)
+    assert json.loads((layout.state(2) / MANIFEST).read_text())["high.shards/one"]["bytes"] == 5
+    found = StateStore(layout, keep=2).newest(read)
+    assert found is not None and found.step == 2
+    (layout.state(2) / "high.shards" / "one").write_text("12346")
+    found = StateStore(layout, keep=2).newest(read)
+    assert found is not None and found.step == 1
+    assert "one: does not match its digest" in found.damaged[0]
 
 
 def test_saving_a_step_again_replaces_its_state(tmp_path: Path) -> None:
@@ -145,6 +165,8 @@ ENTRY = '{"name": {"bytes": 1, "blake2b": ""}}'
         (ENTRY.replace('"name"', '"/etc/hostname"'), "is not the name of a file"),
         (ENTRY.replace('"name"', '"C:weights"'), "is not the name of a file"),
         (ENTRY.replace('"name"', '""'), "is not the name of a file"),
+        (ENTRY.replace('"name"', '"a/../../weights"'), "is not the name of a file"),
+        (ENTRY.replace('"name"', '"a//b"'), "is not the name of a file"),
         (ENTRY.replace('"name"', '"a\\u0000b"'), "is not the name of a file"),
         (ENTRY.replace('"name"', '"folder"'), "folder: can't be read (is a folder"),
         (ENTRY.replace('"name"', '"pipe"'), "pipe: can't be read (is a"),

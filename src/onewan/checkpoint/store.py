@@ -1,7 +1,7 @@
 """Training states on disk: complete or absent, verified, rotated.
 
-A state is a folder ``state/000500`` of files and a manifest with their sizes and digests. It is
-written under a temporary name and synced; the manifest is written last, then the folder renamed. A
+A state is a folder ``state/000500`` of files, some of them in folders of their own, and a manifest
+with their sizes and digests. It is written under a temporary name and synced; the manifest is written last, then the folder renamed. A
 state that does not match its manifest, or whose content the caller refuses as damaged, is never
 used: the newest intact one is, and the damage is reported.
 """
@@ -156,20 +156,31 @@ class StateStore:
 
 def _signature(folder: Path) -> _Signature:
     """What changes when one of the files is written or replaced."""
-    found = ((path.name, path.stat()) for path in sorted(folder.iterdir()))
+    found = ((path.relative_to(folder).as_posix(), path.stat()) for path in _files(folder))
     return tuple((name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in found)
 
 
 def _write_manifest(folder: Path) -> None:
     """List the files in `folder`, after all of them have reached the disk."""
-    files = sorted(p for p in folder.iterdir() if p.is_file())
-    manifest = {p.name: {"bytes": p.stat().st_size, "blake2b": file_digest(p)} for p in files}
-    for path in files:
+    files = _files(folder)
+    manifest = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "blake2b": file_digest(path),
+        }
+        for path in files
+    }
+    for path in (*files, *{path.parent for path in files}):
         sync(path)
     # Last: a folder without a manifest, or with one that does not match, counts as damaged.
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     sync(folder / MANIFEST)
     sync(folder)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files of a state, also those in its folders."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _verify(folder: Path, required: Collection[str] = ()) -> None:
@@ -207,8 +218,10 @@ def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def _checked_name(manifest: Path, name: str) -> str:
-    """`name` if it is that of a file in the manifest's own folder."""
-    if not name or name in {".", "..", MANIFEST} or any(c in name for c in "/\\:\0"):
+    """`name` if it is that of a file in the manifest's own folder, or in a folder there."""
+    parts = name.split("/")
+    is_outside = len(parts) > 2 or any(part in {"", ".", ".."} for part in parts)
+    if is_outside or name == MANIFEST or any(c in name for c in "\\:\0"):
         raise DamagedStateError(f"{manifest}: {name!r} is not the name of a file of the state")
     return name
 
