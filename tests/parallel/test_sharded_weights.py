@@ -3,7 +3,10 @@ states and exported files are the same, but for the order in which gradients are
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from support.equal_runs import (
     first_gradients,
     notes,
     settings_of,
+    vectors,
 )
-from support.runs import RunFile, layout_of
-from support.torchrun import together
+from support.runs import CLASS_WORD, METHODS, RunFile, layout_of
+from support.tiny_models import TinyModels
+from support.torchrun import together, train
 
 from onewan.variants import VariantName
 
@@ -87,3 +92,121 @@ def test_both_experts_at_a_time_with_sample_videos(
     assert_close(one, four, 1e-5)
     videos = [sorted(layout_of(each).samples(4).glob("*.mp4")) for each in (one, four)]
     assert [v.name for v in videos[0]] == [v.name for v in videos[1]] == ["0.mp4", "1.mp4"]
+
+
+def test_the_base_of_adapters_is_sharded_if_that_is_wanted(
+    run_file: RunFile, tmp_path: Path, workshop: Path
+) -> None:
+    """Prior clips and kept predictions are passes of the base model, which only some processes
+    have in a step; adapters themselves are on every process. DoRA's files need the base's norms."""
+    settings = [
+        SHORT,
+        "parallel={experts: together, weights: sharded}",
+        *METHODS["dora"],
+        f"video_data.sources=[{{path: {(workshop / 'clips').as_posix()}}},"
+        f" {{path: {(workshop / 'named clips').as_posix()}, target: base}}]",
+        *(*CLASS_WORD, "train.preservation_weight=3"),
+        *BATCHES["unequal numbers of batches"],
+        *("optimizer.lr=0.002", "train.steps=6", "train.switch_expert_every=1"),
+        "validation={clips: 3, every: 3}",
+    ]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant="t2v-a14b", settings=settings)
+    one = trainer.train("one")
+    for processes in (2, 4):
+        assert_close(one, trainer.train(f"{processes}", processes), 1e-5)
+
+
+@pytest.mark.parametrize("choice", ["kahan", "adamw_schedule_free", "lion", "sgd"])
+def test_two_processes_with_a_batch_each_have_the_bits_of_one(
+    run_file: RunFile, tmp_path: Path, choice: str
+) -> None:
+    """Every optimizer that computes each value by itself, and Kahan sums of bfloat16 weights."""
+    method = KAHAN if choice == "kahan" else [FLOAT32, f"optimizer.name={choice}"]
+    settings = [
+        *(SHORT, *method, "optimizer.lr=0.001", "train.accumulation=2", "train.steps=4"),
+        *("train.max_grad_norm=null", "train.ema={decay: 0.9}", "validation={clips: 2, every: 2}"),
+    ]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant="ti2v-5b", settings=settings)
+    one, two = trainer.train("one"), trainer.train("two", 2)
+    assert [(loss, t) for _, _, loss, *_, t in events(one, "step")] == [
+        (loss, t) for _, _, loss, *_, t in events(two, "step")
+    ]
+    assert events(one, "validation") == events(two, "validation")
+    first, second = vectors(one), vectors(two)
+    assert first.keys() == second.keys() and len(first) > 2
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_stochastic_rounding_draws_for_each_shard(run_file: RunFile, tmp_path: Path) -> None:
+    """Other draws than in one process, but for what is not sharded: the same expected weights."""
+    settings = [
+        *(SHORT, "method={kind: fine_tune, weights: stochastic}", "model.dtype=bfloat16"),
+        *("optimizer.lr=0.001", "train.accumulation=2", "train.steps=4"),
+    ]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant="ti2v-5b", settings=settings)
+    one, two = (vectors(trainer.train(name, int(name))) for name in "12")
+    (weights, *_) = [name for name in one if name.endswith("/single")]
+    far = distance(one[weights], two[weights])
+    assert 0 < far < 2**-8, "a bfloat16 has eight bits"
+    # Two shards with the same draws would be rounded alike.
+    again = vectors(trainer.train("again", 2))
+    assert all(torch.equal(two[name], again[name]) for name in two)
+
+
+COUNTS = (1, 2, 4)
+
+
+def test_any_number_of_processes_continues_what_another_has_saved(
+    run_file: RunFile, tmp_path: Path
+) -> None:
+    settings = [
+        *(SHORT, FLOAT32, "train.accumulation=4", "train.steps=4", "train.keep_last=1"),
+        *("train.ema={decay: 0.9}", "optimizer.lr=0.001", "train.max_grad_norm=0.1"),
+    ]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant="ti2v-5b", settings=settings)
+    whole = trainer.train("whole")
+    for before in COUNTS:
+        stopped = layout_of(trainer.train(f"from {before}", before, stop_after=2))
+        assert (stopped.state(2) / "single.shards").is_dir() == (before > 1)
+        for after in COUNTS:
+            name = f"{before} to {after}"
+            shutil.copytree(tmp_path / f"from {before}", tmp_path / name)
+            assert_close(whole, trainer.train(name, after, resume=True), 1e-5)
+
+
+def train_on_two_machines(*arguments: Any) -> None:
+    """`train` in a process of which there are two on each machine, by what torchrun says."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
+    train(*arguments)
+
+
+def test_each_machine_has_all_shards_if_that_is_wanted(run_file: RunFile, tmp_path: Path) -> None:
+    """HSDP: two machines of two processes."""
+    settings = [
+        *(SHORT, FLOAT32, "parallel.weights=sharded_per_machine", "optimizer.lr=0.001"),
+        *(*BATCHES["unequal numbers of batches"], "train.steps=4", "train.max_grad_norm=0.1"),
+    ]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant="ti2v-5b", settings=settings)
+    one = trainer.train("one")
+    overrides = [*settings, f"output.dir={(tmp_path / 'four').as_posix()}"]
+    four = run_file("ti2v-5b", *overrides)
+    together(4, train_on_two_machines, tmp_path / "run.yaml", overrides)
+    assert any(note.endswith(f"{SHARDED} within each machine") for note in notes(four))
+    assert_close(one, four, 1e-5)
+
+
+def test_processes_share_tokens_and_weights(
+    run_file: RunFile, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """FSDP2 and Ulysses: four processes, two for each clip, whose model has four heads."""
+    model = TinyModels(tmp_path_factory.mktemp("heads"), width=64, layers=2)("ti2v-5b")
+    settings = [
+        f"model.path={model.as_posix()}",
+        *(SHORT, FLOAT32, "train.accumulation=3", "train.steps=6", "optimizer.lr=0.001"),
+        *("train.max_grad_norm=0.1", "validation={clips: 3, every: 3}"),
+    ]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant="ti2v-5b", settings=settings)
+    one, four = trainer.train("one"), trainer.train("four", 4, "parallel.sequence_parallel=2")
+    (said,) = [note for note in notes(four) if note.endswith(SHARDED)]
+    assert "2 of them share the tokens of a clip" in said
+    assert_close(one, four, 1e-5)

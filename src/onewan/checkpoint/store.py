@@ -1,9 +1,9 @@
 """Training states on disk: complete or absent, verified, rotated.
 
 A state is a folder ``state/000500`` of files, some of them in folders of their own, and a manifest
-with their sizes and digests. It is written under a temporary name and synced; the manifest is written last, then the folder renamed. A
-state that does not match its manifest, or whose content the caller refuses as damaged, is never
-used: the newest intact one is, and the damage is reported.
+with their sizes and digests. It is written under a temporary name and synced; the manifest is
+written last, then the folder renamed. A state that does not match its manifest, or whose content
+the caller refuses as damaged, is never used: the newest intact one is, and the damage is reported.
 """
 
 from __future__ import annotations

@@ -91,12 +91,6 @@ class ShardGroup:
         self.ranks.add([tensor], self.members)
         return tensor
 
-    @property
-    def sum_of_shards(self) -> tuple[int, ...]:
-        """The members that have one of each shard together: those of this process's row."""
-        row = self.members.index(self.ranks.rank) // self.part.count
-        return self.members[row * self.part.count : (row + 1) * self.part.count]
-
     def norm(self, norms: Sequence[Tensor], *, is_shard: Sequence[bool]) -> Tensor:
         """The norm of all gradients together, 0-d float32, from those of this process: of its rows
         where `is_shard`, else of whole ones, which all processes have."""
@@ -108,9 +102,10 @@ class ShardGroup:
             for squares in (kinds[True], kinds[False])
         )
         squares = [torch.zeros(1) for _ in range(self.part.count)]
-        squares[self.part.number][0] = sharded
-        # One for each process, so that all of them add in the same order.
-        self.ranks.add(squares, self.sum_of_shards)
+        if self.mesh.get_local_rank("replicas") == 0:  # the others have the same shards
+            squares[self.part.number][0] = sharded
+        # One for each shard, so that all processes add them in the same order.
+        self.ranks.add(squares, self.members)
         total = torch.stack([square.double() for square in squares]).sum() + whole
         return total.sqrt().float()
 
