@@ -102,7 +102,7 @@ def test_the_base_of_adapters_is_sharded_if_that_is_wanted(
     settings = [
         SHORT,
         "parallel={experts: together, weights: sharded}",
-        *METHODS["dora"],
+        *(*METHODS["dora"], "output.dtype=float32"),
         f"video_data.sources=[{{path: {(workshop / 'clips').as_posix()}}},"
         f" {{path: {(workshop / 'named clips').as_posix()}, target: base}}]",
         *(*CLASS_WORD, "train.preservation_weight=3"),
