@@ -1,10 +1,15 @@
 """What 1 to 1,024 GPUs give a run, simulated, and the bytes that real processes send, counted.
 
-No such machines were there. Memory and the duration of a step are those of `onewan plan --gpus N`,
-for adapters on the true models; what processes send each other is arithmetic, with the rates of
-the connections as parameters. Gradients are summed after the backward pass, during which nothing
-else is computed: all of that time is in a step. Efficiency is the rate of clips of N GPUs relative
-to N times that of one, which has as many clips in a step as each of them.
+No such machines were there. Memory and the duration of a step are those of `onewan plan --gpus N`
+on the true models; what processes send each other is arithmetic, with the rates of the connections
+as parameters. Where weights are sharded, those of a block are gathered, and its gradients are
+summed, while other blocks compute: a block takes as long as the longer of the two. All other sums
+and exchanges are counted as if nothing were computed at the same time.
+
+Efficiency is the rate of clips of N GPUs relative to N times that of one, which has as many clips
+in a step as each of them. Where the run does not fit on one GPU, that is a GPU which would have the
+memory and the settings of the plan, and so waits for nobody. Where GPUs share one clip, it is the
+rate of one GPU that trains the clip alone.
 
 What processes send is then counted in runs of 2 and 4 real processes on a tiny model: calls of
 torch.distributed, and the bytes that the kernel has sent over their connections (Linux only).
@@ -15,49 +20,30 @@ torch.distributed, and the bytes that the kernel has sent over their connections
 from __future__ import annotations
 
 import argparse
-import os
-import pickle
-import socket
 import statistics
-import struct
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from figures import ROOT, Chart, Figure, Value, add_output_options, measured_here, save
+from figures import Chart, Figure, Value, add_output_options, measured_here, save
 from measuring import Size
-from small_runs import add_scale_options, scale_in_words, write_runs
-from torch.distributed import distributed_c10d
+from messages import agreements, meetings, of_blocks, sums, sums_of_gloo
+from sent_bytes import COUNTED_STEPS, counted
+from small_runs import SmallRuns, add_scale_options, scale_in_words, write_runs
+from support.torchrun import together
 
-sys.path.append(str(ROOT / "tests"))
-
-from support.torchrun import together, train
-
-from onewan.arithmetic.collectives import (
-    SUM_BYTES,
-    Network,
-    bytes_of_gathering,
-    bytes_of_sum,
-    bytes_of_telling,
-    steps_of_telling,
-    sums_of,
-)
+from onewan.arithmetic.collectives import Network
 from onewan.cli.plan import plan_of
 from onewan.config.load import load_run
+from onewan.config.method import FineTuneMethod
 from onewan.config.schema import ResolvedRun
-from onewan.memory.plan import Plan, read_stored_model
+from onewan.memory.plan import Plan
 from onewan.parallel.division import Division
 from onewan.parallel.run_division import division_of
-from onewan.runs.events import StepDone
-from onewan.train import steps as steps_module
-from onewan.train.cadence import Cadence
 
 GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
 MACHINE = 8
@@ -66,6 +52,8 @@ STEPS_IN_A_ROW = 10
 """Of an expert, after which the processes of two experts meet."""
 GOAL = 95.0
 """Efficiency in percent, of a LoRA on T2V-A14B on eight GPUs with NVLink."""
+FINE_TUNING_GOAL = 90.0
+"""The same of full fine-tuning."""
 TOLERANCE = 0.02
 """By which counted bytes may differ from the arithmetic."""
 
@@ -99,8 +87,15 @@ class Setup:
     overrides: tuple[str, ...] = ()
     goal: float | None = None
     """Efficiency in percent on a machine with NVLink."""
+    is_alone: bool = True
+    """Whether the run fits on one GPU. Where it does not, rows begin with the smallest number of
+    GPUs that it fits on, and GPUs are compared with one that would have the memory."""
+    one_clip: bool = False
+    """Whether GPUs share the tokens of the one clip of a step, on one machine."""
 
 
+FINE_TUNING = ("method={kind: fine_tune}", "parallel.experts=together")
+ONE_CLIP = ("parallel.experts=together", "parallel.sequence_parallel=auto")
 SETUPS = (
     Setup(name="T2V-A14B, H100", goal=GOAL),
     Setup(
@@ -110,6 +105,25 @@ SETUPS = (
     ),
     Setup(name="TI2V-5B, H100", variant="ti2v-5b", size=(121, 704, 1280)),
     Setup(
+        name="T2V-A14B, H100, full fine-tuning, FSDP2",
+        overrides=(*FINE_TUNING, "parallel.weights=sharded"),
+        goal=FINE_TUNING_GOAL,
+        is_alone=False,
+    ),
+    Setup(
+        name="T2V-A14B, H100, full fine-tuning, HSDP",
+        overrides=(*FINE_TUNING, "parallel.weights=sharded_per_machine"),
+        goal=FINE_TUNING_GOAL,
+        is_alone=False,
+    ),
+    Setup(name="T2V-A14B, H100, one clip, Ulysses", overrides=ONE_CLIP, one_clip=True),
+    Setup(
+        name="T2V-A14B, H100, one clip of 161x720x1280, Ulysses",
+        size=(161, 720, 1280),
+        overrides=ONE_CLIP,
+        one_clip=True,
+    ),
+    Setup(
         name="T2V-A14B, RTX 4090, streamed",
         vram=24 * 10**9,
         ram=96 * 10**9,
@@ -117,70 +131,6 @@ SETUPS = (
         overrides=("memory.weights=fp8",),
     ),
 )
-
-
-# ------------------------------------------------------------------------------- small messages
-
-
-class Sent(NamedTuple):
-    """What a process sends, on average over those of the run."""
-
-    calls: float
-    """Of torch.distributed."""
-    size: float
-    """Bytes."""
-    in_turn: float
-    """Messages one after another, until all have what they wait for."""
-
-    def __add__(self, other: Sent) -> Sent:  # type: ignore[override]  # not as tuples
-        return Sent(*(one + more for one, more in zip(self, other, strict=True)))
-
-    def times(self, factor: float) -> Sent:
-        return Sent(*(factor * part for part in self))
-
-
-def summed(numbers: int, ranks: int) -> Sent:
-    if ranks == 1:
-        return Sent(0, 0, 0)
-    calls = sums_of(numbers)
-    return Sent(calls, bytes_of_sum(SUM_BYTES * numbers, ranks), calls * 2 * (ranks - 1))
-
-
-def gathered(value: object, ranks: int) -> Sent:
-    """`Connection.gathered`: the sizes of the objects first, each an int64."""
-    return Sent(2, bytes_of_gathering(8 + _size(value), ranks), 2 * (ranks - 1))
-
-
-def told(value: object, ranks: int) -> Sent:
-    """`Connection.from_first`, likewise."""
-    return Sent(2, bytes_of_telling(8 + _size(value), ranks), 2 * steps_of_telling(ranks))
-
-
-def _size(value: object) -> int:
-    return len(pickle.dumps(value))
-
-
-def small_messages(config: ResolvedRun, division: Division, own_steps: int, clips: int) -> Sent:
-    """What a process sends in a step besides gradients: which parameters have one, and at every
-    meeting, after `own_steps` steps, what becomes of the run. `clips` are its own, of a step."""
-    count = sum(len(group.ranks) for group in division.groups)
-    if count == 1:
-        return Sent(0, 0, 0)
-    shape = next(iter(read_stored_model(config).experts.values())).shape
-    matrices = 2 * shape.layers * len(shape.block_linears())
-    done = StepDone(
-        step=1000, expert="high", loss=0.1, grad_norm=0.1, lr=1e-4, t=(0.5,) * clips, seconds=1.0,
-        memory_allocated=2**36, step_memory_peak=2**36, bytes_to_device=2**36, bytes_to_host=2**36,
-        tokens_per_second=1e3, tflops=1e3, mfu=0.5,
-    )  # fmt: skip
-    due = Cadence.of(config).at(1)
-    meeting = (
-        gathered([done] * own_steps, count)  # what became of the steps
-        + told((False, config), count)  # whether a setting has changed
-        + told((due, False), count)  # what is due
-        + gathered(False, count)  # whether to stop
-    )
-    return summed(matrices, division.parts) + meeting.times(1 / own_steps)
 
 
 # ------------------------------------------------------------------------------------ prediction
@@ -212,35 +162,44 @@ def predicted(setup: Setup, options: argparse.Namespace, folder: Path) -> Iterat
     def config(clips: int) -> ResolvedRun:
         return load_run(file, [*setup.overrides, f"train.accumulation={clips}"])
 
+    def clips(gpus: int) -> int:
+        if setup.one_clip:
+            return 1
+        return options.clips * division_of(config(gpus), gpus).parts
+
     networks = {name: networks_of(options)[name] for name in setup.networks}
-    alone = plan_of(config(options.clips), setup.vram, setup.ram)
-    assert alone.fits
+    alone = plan_of(config(clips(1)), setup.vram, setup.ram) if setup.is_alone else None
+    assert alone is None or alone.fits
     for gpus in sorted(options.gpus):
-        each = config(options.clips * division_of(config(gpus), gpus).parts)
+        if setup.one_clip and gpus > MACHINE:
+            continue
+        each = config(clips(gpus))
         memory = setup.vram, gpus * setup.ram
         plans = {
-            name: plan_of(each, *memory, gpus, network) if gpus > 1 else alone
+            name: plan_of(each, *memory, gpus, network) if gpus > 1 or alone is None else alone
             for name, network in networks.items()
         }
-        yield from _row(setup, each, plans, alone.run_time.step, options)
+        if alone is not None or next(iter(plans.values())).fits:
+            yield from _row(setup, each, plans, alone, options)
 
 
 def _row(
     setup: Setup,
     config: ResolvedRun,
     plans: Mapping[str, Plan],
-    alone: float,
+    alone: Plan | None,
     options: argparse.Namespace,
 ) -> Iterator[Value]:
-    """By the `plans` of one of several processes with each network. `alone` are the seconds of a
-    step of one GPU."""
+    """By the `plans` of one of several processes with each network. `alone` is that of one GPU."""
     first = plans[setup.networks[0]]
     gpus = 1 if first.processes is None else first.processes.count
     division = division_of(config, gpus)
-    gradients = 0 if first.processes is None else first.processes.gradient_bytes // SUM_BYTES
     own_steps = STEPS_IN_A_ROW if division.side_by_side else 1
-    small = small_messages(config, division, own_steps, options.clips)
-    sent = summed(gradients, division.parts) + small
+    passes = 1 if setup.one_clip else options.clips
+    small = meetings(config, division, own_steps, passes) + agreements(first, division, passes)
+    trained = isinstance(config.method, FineTuneMethod)
+    sent = sums(config, first, division) + of_blocks(first, division, passes, trained=trained)
+    sent += small
     case = {"simulated": setup.name, "GPUs": gpus, "division": _division(division)}
 
     def value(measure: str, number: float, unit: str = "", **more: Any) -> Value:
@@ -252,14 +211,16 @@ def _row(
     yield value("collectives in a step", sent.calls)
     waits = 1e-6 * options.host_delay * small.in_turn + small.size / (1e9 * options.host_rate)
     for name, plan in plans.items():
-        step = alone
-        if plan.processes is not None:
-            assert plan.fits and not plan.processes.unpaired_steps
-            step = plan.processes.step + waits
+        step = without = plan.run_time.step if alone is None else alone.run_time.step
+        if (found := plan.processes) is not None:
+            assert plan.fits and not found.unpaired_steps
+            step = found.step + waits
+            if alone is None:
+                without = found.step - found.summing - found.waiting - found.exchanging
         if plan is first:
             yield value("a step", step, "s")
         goal = setup.goal if gpus == MACHINE and name == NVLINK else None
-        percent = 100 * alone / step
+        percent = 100 * without / step / (gpus if setup.one_clip else 1)
         yield value(_efficiency(name), percent, "%", limit=goal, at_least=goal is not None)
 
 
@@ -268,127 +229,104 @@ def _efficiency(network: str) -> str:
 
 
 def _division(division: Division) -> str:
-    if not division.side_by_side:
-        return "one" if division.parts == 1 else f"{division.parts} parts"
-    return "2 experts" + ("" if division.parts == 1 else f" x {division.parts} parts")
+    parts = [f"{division.parts} parts"] if division.parts > 1 else []
+    if division.side_by_side:
+        parts = ["2 experts", *parts]
+    if division.sequence > 1:
+        parts.append(f"{division.sequence} of a clip")
+    return " x ".join(parts) or "one"
 
 
 # ---------------------------------------------------------------------------------------- counting
 
 
-class Counted(NamedTuple):
-    """What one process has sent in a step, on average over some."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """A run of real processes."""
 
-    calls: float
-    size: float
-
-
-COUNTED: tuple[tuple[int, str], ...] = ((2, "together"), (4, "together"), (4, "side_by_side"))
-"""Processes, and `parallel.experts`."""
-COUNTED_STEPS = 4
-"""Of each process; two come before them."""
-
-
-def counted(run_file: Path, overrides: Sequence[str]) -> Counted:
-    """Train a run as one of several processes; what this one has sent in the middle of it."""
-    calls = Counter[str]()
-
-    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def count(*given: Any, **named: Any) -> Any:
-            calls[name] += 1
-            return call(*given, **named)
-
-        return count
-
-    for name in ("all_reduce", "all_gather", "broadcast"):
-        wrapped = counting(name, getattr(dist, name))
-        # Objects are gathered and told by functions that call those of their own module.
-        for module in (dist, distributed_c10d):
-            setattr(module, name, wrapped)
-    before_steps: list[tuple[int, int]] = []
-    train_step = steps_module.train_step
-
-    def step(*given: Any) -> Any:
-        before_steps.append((calls.total(), bytes_sent()))
-        return train_step(*given)
-
-    steps_module.train_step = step
-    train(run_file, overrides)
-    first, last = before_steps[1], before_steps[1 + COUNTED_STEPS]
-    return Counted(*((end - begin) / COUNTED_STEPS for begin, end in zip(first, last, strict=True)))
+    processes: int
+    experts: str = "together"
+    """Of `parallel.experts`."""
+    name: str = ""
+    """What is added to the division, for the table."""
+    width: int = 128
+    """Channels of the tiny model; its heads have 128 each."""
+    machine_size: int = 8
+    """Processes that take themselves to be on one machine."""
+    overrides: tuple[str, ...] = ()
 
 
-_TCP_INFO_BYTES_SENT = 200
-"""Where the kernel's `tcp_info` has the bytes that a connection has sent, without headers."""
-
-
-def bytes_sent() -> int:
-    """Over all connections of this process but those to the store, by which processes meet and give
-    signs of life."""
-    store = int(os.environ["MASTER_PORT"])
-    return sum(size for port, size in _connections() if port != store)
-
-
-def _connections() -> Iterator[tuple[int, int]]:
-    """(the other end's port, bytes sent) of each."""
-    for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # closed meanwhile, no socket, not connected
-            if not os.readlink(entry).startswith("socket:"):
-                continue
-            with socket.socket(fileno=os.dup(int(entry.name))) as found:
-                if found.family in (socket.AF_INET, socket.AF_INET6):
-                    port = found.getpeername()[1]
-                    told = found.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-                    yield port, struct.unpack_from("<Q", told, _TCP_INFO_BYTES_SENT)[0]
+SHARDED = ("method={kind: fine_tune}",)
+SHARED = ("parallel.sequence_parallel=auto", "memory.keep_attention=no")
+COUNTED = (
+    Counted(processes=2),
+    Counted(processes=4),
+    Counted(processes=4, experts="side_by_side"),
+    Counted(processes=2, name="sharded", overrides=SHARDED),
+    Counted(processes=4, name="sharded", overrides=SHARDED),
+    Counted(
+        processes=4,
+        name="sharded within 2",
+        machine_size=2,
+        overrides=(*SHARDED, "parallel.weights=sharded_per_machine"),
+    ),
+    Counted(processes=2, width=512, overrides=SHARED),
+    Counted(processes=4, width=512, overrides=SHARED),
+)
 
 
 def compared(options: argparse.Namespace, folder: Path) -> tuple[list[Value], str]:
     """What real processes send, beside the arithmetic, and what they train."""
     values: list[Value] = []
-    runs = write_runs(options, folder)
-    for processes, experts in COUNTED:
-        side_by_side = experts == "side_by_side"
-        parts = processes // 2 if side_by_side else processes
-        own = COUNTED_STEPS + 3
-        overrides = [
-            f"train.accumulation={parts}",
-            f"parallel.experts={experts}",
-            f"train.steps={2 * own if side_by_side else own}",
-            "train.save_every=1000",
-            f"output.dir={(folder / f'{processes}_{experts}').as_posix()}",
-            "logging.tensorboard=false",
-        ]
-        config = runs.config(*overrides, both_experts=True)
-        division = division_of(config, processes)
-        found = plan_of(config, gpus=processes).processes
-        assert found is not None
-        expected = summed(found.gradient_bytes // SUM_BYTES, parts)
-        expected += small_messages(config, division, 1, 1)
-        by_rank = together(processes, counted, runs.folder / "run.yaml", overrides)
-        case = {"processes": processes, "counted": _division(division)}
-        calls, sizes = zip(*by_rank, strict=True)
-        values += [
-            Value(
-                case=case,
-                measure="collectives in a step",
-                repeats=calls,
-                expected=expected.calls,
-            ),
-            Value(
-                case=case,
-                measure="sent by each in a step",
-                unit="kB",
-                repeats=tuple(size / 1e3 for size in sizes),
-                expected=expected.size / 1e3,
-            ),
-            Value(
-                case=case,
-                measure="difference",
-                repeats=(abs(statistics.mean(sizes) / expected.size - 1),),
-                limit=TOLERANCE,
-            ),
-        ]
-    return values, scale_in_words(runs, options)
+    for number, case in enumerate(COUNTED):
+        scale = argparse.Namespace(**{**vars(options), "width": max(case.width, options.width)})
+        values += _compared(case, write_runs(scale, folder / str(number)))
+    return values, scale_in_words(write_runs(options, folder / "words"), options)
+
+
+def _compared(case: Counted, runs: SmallRuns) -> Iterator[Value]:
+    side_by_side = case.experts == "side_by_side"
+    parts = case.processes // 2 if side_by_side else case.processes
+    own = COUNTED_STEPS + 3
+    overrides = [
+        f"train.accumulation={1 if SHARED[0] in case.overrides else parts}",
+        f"parallel.experts={case.experts}",
+        f"train.steps={2 * own if side_by_side else own}",
+        "train.save_every=1000",
+        f"output.dir={(runs.folder / 'runs').as_posix()}",
+        "logging.tensorboard=false",
+        *case.overrides,
+    ]
+    config = runs.config(*overrides, both_experts=True)
+    division = division_of(config, case.processes)
+    network = Network(within=1e9, between=1e9, machine_size=case.machine_size)
+    plan = plan_of(config, gpus=case.processes, network=network)
+    trained = isinstance(config.method, FineTuneMethod)
+    expected = sums(config, plan, division) + meetings(config, division, 1, 1)
+    expected += of_blocks(plan, division, 1, trained=trained) + agreements(plan, division, 1)
+    expected += sums_of_gloo(config, plan)
+    by_rank = together(
+        case.processes, counted, runs.folder / "run.yaml", overrides, case.machine_size
+    )
+    calls, sizes = zip(*by_rank, strict=True)
+    named = {
+        "processes": case.processes,
+        "counted": ", ".join([_division(division), *([case.name] if case.name else [])]),
+    }
+    yield Value(case=named, measure="collectives in a step", repeats=calls, expected=expected.calls)
+    yield Value(
+        case=named,
+        measure="sent by each in a step",
+        unit="kB",
+        repeats=tuple(size / 1e3 for size in sizes),
+        expected=expected.size / 1e3,
+    )
+    yield Value(
+        case=named,
+        measure="difference",
+        repeats=(abs(statistics.mean(sizes) / expected.size - 1),),
+        limit=TOLERANCE,
+    )
 
 
 # ----------------------------------------------------------------------------------------- program
@@ -400,15 +338,19 @@ def figure_of(values: Sequence[Value], what: str, options: argparse.Namespace) -
         name="scaling",
         title="1 to 1,024 GPUs, simulated",
         measured=(
-            "Simulated, not measured: memory and steps by the plan, for a LoRA of rank 32 at "
-            f"81x480x832 (TI2V-5B: 121x704x1280) with {clips} of a step on each GPU, and {MACHINE} "
-            f"GPUs in a machine; NVLink {options.nvlink:g}, PCIe {options.pcie:g}, InfiniBand "
-            f"{options.infiniband:g}, Ethernet {options.ethernet:g} GB/s, and {options.delay:g} µs "
-            f"for each message of a ring; small messages through the host at {options.host_rate:g} "
-            f"GB/s with {options.host_delay:g} µs each. Gradients are summed after the backward "
-            "pass, not during it. Efficiency is relative to one GPU with as many clips; the "
-            "duration of a step is that with the first connections. The last table is counted: "
-            f"real processes that train {what}."
+            "Simulated, not measured: memory and steps by the plan, for a LoRA of rank 32, or full "
+            "fine-tuning with AdamW, of both experts, at 81x480x832 (TI2V-5B: 121x704x1280) with "
+            f"{clips} of a step on each GPU, and {MACHINE} GPUs in a machine; NVLink "
+            f"{options.nvlink:g}, PCIe {options.pcie:g}, InfiniBand {options.infiniband:g}, "
+            f"Ethernet {options.ethernet:g} GB/s, and {options.delay:g} µs for each message of a "
+            f"ring; small messages through the host at {options.host_rate:g} GB/s with "
+            f"{options.host_delay:g} µs each. Weights that are sharded are gathered, and their "
+            "gradients summed, while other blocks compute; other sums and exchanges are counted as "
+            "if nothing were computed at that time. Efficiency is relative to one GPU with as many "
+            "clips: for full fine-tuning to one that would have the memory, where GPUs share one "
+            "clip to one that trains it alone. The duration of a step is that with the first "
+            f"connections. The last table is counted: real processes that train {what}; sharded: "
+            "full fine-tuning of it; of a clip: with 512 channels."
         ),
         values=values,
         charts=[
@@ -417,7 +359,7 @@ def figure_of(values: Sequence[Value], what: str, options: argparse.Namespace) -
                 title=f"Efficiency, simulated: {setup.name}; {NVLINK}",
                 only={"simulated": setup.name},
             )
-            for setup in (SETUPS[0], SETUPS[2])
+            for setup in (SETUPS[0], SETUPS[2], SETUPS[3])
         ],
         arithmetic="by arithmetic",
     )

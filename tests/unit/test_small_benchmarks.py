@@ -128,6 +128,14 @@ def test_scaling(run: Callable[..., Figure]) -> None:
         # Gradients are almost all of it: two matrices of rank 32 for each linear layer.
         widths = [128 + 128] * 8 + [128 + 345] * 2
         assert sent.median == pytest.approx(of_gradients * 4 * 32 * 2 * sum(widths) / 1e3, rel=0.02)
+    for processes, counted in [
+        *((2, "2 parts, sharded"), (4, "4 parts, sharded"), (4, "4 parts, sharded within 2")),
+        *((2, "2 of a clip"), (4, "4 of a clip")),
+    ]:
+        found = by_measure(figure, processes=processes, counted=counted)
+        collectives = found["collectives in a step"]
+        assert set(collectives.repeats) == {collectives.expected}
+        assert found["difference"].keeps_limit
     side_by_side = by_measure(figure, processes=4, counted="2 experts x 2 parts")
     two = by_measure(figure, processes=2, counted="2 parts")["sent by each in a step"]
     assert side_by_side["sent by each in a step"].median == pytest.approx(two.median, rel=0.01)
@@ -140,6 +148,15 @@ def test_scaling(run: Callable[..., Figure]) -> None:
     assert eight["device memory of each"].median == one["device memory of each"].median
     goal = by_measure(figure, simulated="T2V-A14B, H100", GPUs=8)[by_nvlink]
     assert goal.at_least and goal.limit == scaling.GOAL and goal.keeps_limit
+    for kind in ("FSDP2", "HSDP"):
+        name = f"T2V-A14B, H100, full fine-tuning, {kind}"
+        assert not by_measure(figure, simulated=name, GPUs=1)  # where it does not fit
+        goal = by_measure(figure, simulated=name, GPUs=8)[by_nvlink]
+        assert goal.at_least and goal.limit == scaling.FINE_TUNING_GOAL and goal.keeps_limit
+    clip = "T2V-A14B, H100, one clip, Ulysses"
+    one, eight = (by_measure(figure, simulated=clip, GPUs=gpus) for gpus in (1, 8))
+    assert 6 < one["a step"].median / eight["a step"].median < 8
+    assert not by_measure(figure, simulated=clip, GPUs=16)  # on one machine
 
 
 @pytest.mark.long
