@@ -16,6 +16,7 @@ from support.equal_runs import (
     events,
     failure_with_a_damaged_clip,
     first_gradients,
+    first_gradients_in_small_messages,
     notes,
 )
 from support.runs import PLACEHOLDER, SMALL_SAMPLE, RunFile, layout_of
@@ -142,7 +143,8 @@ def test_gradients_of_a_step_are_those_of_one_process(
     run_file(variant, *settings)
     path = tmp_path / "run.yaml"
     one = first_gradients(path, settings, of_this_rank)
-    first, *others = together(processes, first_gradients, path, [*settings, SHARED], of_this_rank)
+    arguments = (path, [*settings, SHARED], of_this_rank)
+    first, *others = together(processes, first_gradients_in_small_messages, *arguments)
     of_rank = {"speed", "seed", "warned"}
     assert first.keys() == one.keys() and len(one) > 10
     for other in others:

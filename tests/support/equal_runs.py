@@ -223,14 +223,14 @@ def first_gradients(
 
 
 def first_gradients_in_small_messages(
-    run_yaml: Path, overrides: Sequence[str]
+    run_yaml: Path, overrides: Sequence[str], *more: Any
 ) -> dict[str, torch.Tensor]:
     """The same in one of several processes. Many of their messages leave during the backward pass,
     in which those of so small a model are not large enough for one otherwise."""
     from onewan.parallel import bucket_sums
 
     bucket_sums.SUM_NUMBERS = 2000
-    return first_gradients(run_yaml, overrides)
+    return first_gradients(run_yaml, overrides, *more)
 
 
 def failure_with_a_damaged_clip(run_yaml: Path, overrides: Sequence[str], *ranks: int) -> str:
