@@ -14,19 +14,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.equal_runs import Trainer, assert_equal_files
-from support.rank_processes import Processes, Torchrun, count, wait_for
-from support.runs import RunFile, layout_of
+import torch.distributed as dist
+from support.disturbed import (
+    CONTINUES,
+    ENDS_WITHIN,
+    HOST,
+    Disturbed,
+    assert_states_whole,
+    killed_line,
+    slow_steps,
+)
+from support.equal_runs import Trainer
+from support.rank_processes import Torchrun, count, wait_for
+from support.runs import RunFile
 
-from onewan.config.schema import ResolvedRun
 from onewan.errors import DataError
-from onewan.parallel import connection
-from onewan.runs.layout import RunLayout
-from onewan.train.saved_state import read_optimizer
+from onewan.parallel import connection, meeting
 from onewan.train.steps import Steps
 
 pytestmark = [
@@ -34,10 +40,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc of Linux are used"),
 ]
 
-ENDS_WITHIN = 30.0
-"""Seconds after a failure."""
-HOST = socket.gethostname()
-CONTINUES = "--resume continues from the newest saved state"
 SETTINGS = [
     "train.steps=8",
     "train.save_every=2",
@@ -53,79 +55,6 @@ def trainer(run_file: RunFile, tmp_path: Path) -> Trainer:
     return Trainer(run_file=run_file, folder=tmp_path, variant="t2v-a14b", settings=SETTINGS)
 
 
-@dataclass(frozen=True)
-class Disturbed:
-    """A run to which something happens."""
-
-    trainer: Trainer
-    config: ResolvedRun
-    command: list[str]
-    """The arguments that train it."""
-    extra: tuple[str, ...]
-
-    @classmethod
-    def of(cls, trainer: Trainer, *extra: str) -> Disturbed:
-        overrides = [*trainer.settings, *extra, f"output.dir={trainer.folder / 'disturbed'}"]
-        config = trainer.run_file(trainer.variant, *overrides)
-        return cls(trainer, config, ["train", str(trainer.folder / "run.yaml"), *overrides], extra)
-
-    @property
-    def layout(self) -> RunLayout:
-        return layout_of(self.config)
-
-    @property
-    def continued(self) -> list[str]:
-        """The arguments that continue it, or start it."""
-        return [*self.command, "--resume=auto"]
-
-    def start(
-        self,
-        processes: int = 2,
-        before: Callable[[int], object] | None = None,
-        resume: bool = False,
-    ) -> Processes:
-        command = self.continued if resume else self.command
-        return Processes(self.trainer.folder, processes, command, before=before)
-
-    def finish(self) -> None:
-        """Continue it to its end, which is that of a run to which nothing happens."""
-        with self.start(resume=True) as processes:
-            assert [processes.status(rank, 120) for rank in (0, 1)] == [0, 0]
-        self.assert_as_undisturbed()
-
-    def assert_as_undisturbed(self) -> None:
-        undisturbed = self.trainer.train("undisturbed", 1, *self.extra)
-        assert_equal_files(undisturbed, self.config)
-
-    def wait_for(self, kind: str, before: int, started: Processes | Torchrun) -> None:
-        """Wait for another event of a kind than the first `before`."""
-
-        def is_there() -> bool:
-            assert started.is_running, f"no event {kind}"
-            return count(self.layout, kind) > before
-
-        wait_for(is_there, 60, kind)
-
-
-def assert_states_whole(layout: RunLayout) -> None:
-    """Each saved state can be read; only a temporary folder may be half written."""
-    for step in layout.saved_steps():
-        files = sorted(layout.state(step).glob("*_optimizer.pt"))
-        assert [read_optimizer(file).weights is not None for file in files] == [True, True]
-
-
-def slow_steps(rank: int) -> None:
-    """So that a test can meet a step."""
-    del rank
-    train = Steps._train
-
-    def slowly(*given: object) -> object:
-        time.sleep(0.1)
-        return train(*given)  # pyright: ignore[reportArgumentType]
-
-    Steps._train = slowly  # pyright: ignore[reportAttributeAccessIssue]
-
-
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_other_at_any_moment(trainer: Trainer, killed: int) -> None:
     draw = random.Random(killed)
@@ -139,10 +68,7 @@ def test_a_killed_process_ends_the_other_at_any_moment(trainer: Trainer, killed:
             processes.signal(killed, signal.SIGKILL)
             assert processes.status(1 - killed, ENDS_WITHIN) == 1, kind
             (line,) = processes.lines(1 - killed)
-        assert line == (
-            f"onewan: rank {killed} on {HOST} was killed (by kill -9, or by the system, as when a "
-            f"machine has no memory left), so rank {1 - killed} on {HOST} ends; {CONTINUES}"
-        )
+        assert line == killed_line(killed, 1 - killed)
         assert_states_whole(run.layout)
     run.finish()
 
@@ -278,6 +204,43 @@ def test_processes_that_do_not_find_each_other_say_where(
 def _prepared(rank: int, before: Callable[[int], object]) -> None:
     os.environ["WORLD_SIZE"] = "2"
     before(rank)
+
+
+def _killed_at(rank: int, killed: int, moment: str) -> None:
+    """The process `killed` is killed instead of what it does first in its connection."""
+
+    def die(*given: object, **named: object) -> None:
+        del given, named
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    connection.MEETING_SECONDS = 5.0
+    if rank == killed:
+        owner = meeting.Meeting if moment in {"__init__", "complete"} else dist
+        setattr(owner, moment, die)
+
+
+@pytest.mark.parametrize(
+    ("moment", "killed"),
+    [
+        ("__init__", 1),
+        ("complete", 0),
+        ("init_process_group", 0),
+        ("init_process_group", 1),
+        ("new_group", 1),
+    ],
+)
+def test_a_process_that_is_killed_before_all_are_connected_ends_the_others(
+    trainer: Trainer, moment: str, killed: int
+) -> None:
+    before = functools.partial(_killed_at, killed=killed, moment=moment)
+    with Disturbed.of(trainer).start(before=before) as processes:
+        assert processes.status(1 - killed, ENDS_WITHIN) == 1
+        (line,) = processes.lines(1 - killed)
+    # Nobody knows more of a process that has not come, or of a first one that answers nobody.
+    if moment in {"__init__", "complete"}:
+        assert f"of the run have started: rank {killed} did not within 5 s" in line
+    else:
+        assert line == killed_line(killed, 1 - killed)
 
 
 def test_torchrun_starts_a_run_again_that_continues(trainer: Trainer) -> None:

@@ -10,7 +10,8 @@ from torch.distributed import PrefixStore, TCPStore
 
 from onewan.errors import RankError
 from onewan.parallel import watch as watching
-from onewan.parallel.meeting import Place, meet, own_place
+from onewan.parallel.meeting import Meeting
+from onewan.parallel.place import Place, own_place
 from onewan.parallel.watch import Watch
 
 
@@ -19,17 +20,51 @@ def store() -> Any:  # the type stubs of PyTorch do not have `clone`
     return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times of a test; and no watch ends the process of the test."""
+    for name, seconds in (("BEAT", 0.02), ("STALE", 0.5), ("TELL", 0.2), ("GRACE", 600)):
+        monkeypatch.setattr(watching, f"{name}_SECONDS", seconds)
+
+
+def place(rank: int) -> Place:
+    """On a machine of its own."""
+    return Place(rank, f"host{rank}", 1, (str(rank), 1, ""), rank == 0)
+
+
+def watch_of(store: Any, name: str, own: Place) -> Watch:
+    return Watch(PrefixStore(name, store.clone()), own, patience=60, tell=print)
+
+
+def meet(
+    store: Any, own: Place, count: int, seconds: float = 20.0, *, lives: bool = True
+) -> tuple[str, list[Place]]:
+    """What a process does, with a connection of its own; without signs of life if it is to be one
+    that was killed."""
+    store = store.clone()
+    meeting = Meeting(store, own, count, seconds)
+    watch = watch_of(store, meeting.name, own)
+    if lives:
+        watch.start()
+    try:
+        return meeting.name, meeting.complete(watch)
+    finally:
+        if lives:
+            watch.stop()
+
+
 def met(store: Any, count: int) -> set[str]:
     with ThreadPoolExecutor(count) as threads:
-        # A connection of its own for each, as processes have them.
-        asked = [threads.submit(meet, store.clone(), rank, count, 20.0) for rank in range(count)]
-        return {answer.result() for answer in asked}
+        asked = [threads.submit(meet, store, place(rank), count) for rank in range(count)]
+        answers = [answer.result() for answer in asked]
+    assert all(places == [place(rank) for rank in range(count)] for _, places in answers)
+    return {name for name, _ in answers}
 
 
 def test_processes_that_are_started_again_do_not_meet_earlier_ones(store: Any) -> None:
     """torchrun keeps its store when it restarts processes."""
     with pytest.raises(RankError):
-        meet(store.clone(), 1, 3, 0.05)  # one that has come too early, and has ended
+        meet(store, place(1), 3, 0.05)  # one that has come too early, and has ended
     first, second = met(store, 3), met(store, 3)
     assert len(first) == len(second) == 1
     assert first != second
@@ -38,24 +73,34 @@ def test_processes_that_are_started_again_do_not_meet_earlier_ones(store: Any) -
 @pytest.mark.parametrize(("rank", "missing"), [(0, "rank 1, 2"), (2, "rank 0")])
 def test_who_does_not_come_is_named(store: Any, rank: int, missing: str) -> None:
     with pytest.raises(RankError, match=f"{missing} did not within 0 s"):
-        meet(store, rank, 3, 0.1)
+        meet(store, place(rank), 3, 0.1)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("failing", [0, 1])
+def test_who_comes_and_is_killed_is_named_by_those_who_wait(store: Any, failing: int) -> None:
+    """While they wait for the third process, which does not come."""
+    waiting = 1 - failing
+    with ThreadPoolExecutor(2) as threads:
+        killed = threads.submit(meet, store, place(failing), 3, 0.3, lives=False)
+        with pytest.raises(RankError) as raised:
+            meet(store, place(waiting), 3)
+        with pytest.raises(RankError):
+            killed.result()
+    assert str(raised.value).startswith(
+        f"rank {failing} on host{failing} has given no sign of life for "
+    )
+    assert str(raised.value).endswith(
+        f", so rank {waiting} on host{waiting} ends; --resume continues from the newest saved state"
+    )
 
 
 def watches(store: Any, count: int) -> list[Watch]:
-    places = [Place(rank, f"host{rank}", 1, (str(rank), 1, ""), rank == 0) for rank in range(count)]
-    made = []
-    for rank in range(count):
-        own = PrefixStore("signs", store.clone())
-        Watch.prepare(own, rank)
-        made.append(Watch(own, places, rank, patience=60, tell=print))
+    places = [place(rank) for rank in range(count)]
+    made = [watch_of(store, "signs", own) for own in places]
+    for watch in made:
+        watch.look_for(places)
     return made
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Times of a test; and no watch ends the process of the test."""
-    for name, seconds in (("BEAT", 0.02), ("STALE", 0.5), ("TELL", 0.2), ("GRACE", 600)):
-        monkeypatch.setattr(watching, f"{name}_SECONDS", seconds)
 
 
 @pytest.mark.usefixtures("quick")

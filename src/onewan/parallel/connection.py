@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from onewan.devices import collective_backend, is_host
 from onewan.errors import Interrupted, RankError
 from onewan.parallel.bucket_sums import BucketSums
-from onewan.parallel.meeting import meet, own_place
+from onewan.parallel.meeting import Meeting
+from onewan.parallel.place import own_place
 from onewan.parallel.shards import ShardGroup
 from onewan.parallel.sums import NoSums, Sums
 from onewan.parallel.watch import Watch
@@ -41,14 +42,20 @@ class Connection:
     """This process, connected with the others of its run."""
 
     def __init__(
-        self, rank: int, count: int, device: torch.device, backend_devices: frozenset[str]
+        self,
+        rank: int,
+        count: int,
+        device: torch.device,
+        backend_devices: frozenset[str],
+        host: dist.ProcessGroup,
+        watch: Watch,
     ) -> None:
+        """Once the processes are connected; `host` sends what is in the host's memory."""
         self.rank, self.count = rank, count
         self._device = device
         self._groups: dict[tuple[int, ...], Any] = {tuple(range(count)): dist.group.WORLD}
         self._backend_devices = backend_devices
-        self._host: dist.ProcessGroup | None = None
-        self._watch: Watch | None = None
+        self._host, self._watch = host, watch
 
     @property
     def is_first(self) -> bool:
@@ -65,55 +72,58 @@ class Connection:
         happen in a process. `tell` is called with the line about a process that has failed where
         this one is ended by it before it can raise an error.
         """
-        store, rank, count, meeting = _met(min(timeout, MEETING_SECONDS))
+        within = min(timeout, MEETING_SECONDS)
+        with _reaching():
+            found: tuple[Any, int, int] = next(
+                dist.rendezvous("env://", timeout=timedelta(seconds=within))
+            )
+            store, rank, count = found
+            own = own_place(rank)
+            meeting = Meeting(store, own, count, within)
+            # Its own connection: others wait in theirs until a key is there.
+            signs = dist.PrefixStore(f"onewan/{meeting.name}", store.clone())
+            watch = Watch(signs, own, patience=timeout, tell=tell)
         backend = collective_backend(device)
         devices = frozenset[str]() if backend is None else frozenset({device.type})
-        with _reaching():
-            dist.init_process_group(
-                "gloo" if backend is None else f"cpu:gloo,{device.type}:{backend}",
-                store=dist.PrefixStore(f"torch/{meeting}", store),
-                rank=rank,
-                world_size=count,
-                timeout=timedelta(seconds=timeout),
-                device_id=None if backend is None else device,
-            )
-        self = cls(rank, count, device, devices)
+        watch.start()
         try:
-            with self._naming_who_failed():
-                # Its own connection: others wait in theirs until a key is there.
-                signs = dist.PrefixStore(f"onewan/{meeting}", store.clone())
-                Watch.prepare(signs, rank)
-                host = dist.new_group(backend="gloo", timeout=_PATIENT)
-                assert isinstance(host, dist.ProcessGroup)
-                self._host = host
-            places = self.gathered(own_place(rank))
-            self._watch = watch = Watch(signs, places, rank, patience=timeout, tell=tell)
-            watch.start()
             with _telling(watch):
-                yield self
+                with _naming_who_failed(watch, _unreachable):
+                    meeting.complete(watch)
+                    dist.init_process_group(
+                        "gloo" if backend is None else f"cpu:gloo,{device.type}:{backend}",
+                        store=dist.PrefixStore(f"torch/{meeting.name}", store),
+                        rank=rank,
+                        world_size=count,
+                        timeout=timedelta(seconds=timeout),
+                        device_id=None if backend is None else device,
+                    )
+                    host = dist.new_group(backend="gloo", timeout=_PATIENT)
+                assert isinstance(host, dist.ProcessGroup)
+                yield (self := cls(rank, count, device, devices, host, watch))
                 # The store is in one of the processes, which others may still need.
                 self.gathered(None)
         finally:
-            if self._watch is not None:
-                self._watch.stop()
+            watch.stop()
             with suppress(RuntimeError, ValueError):
-                dist.destroy_process_group()
+                if dist.is_initialized():
+                    dist.destroy_process_group()
 
     def prepare(self, groups: Sequence[Sequence[int]]) -> None:
         for ranks in map(tuple, groups):
             if ranks not in self._groups:
-                with self._naming_who_failed():
+                with self.waiting():
                     self._groups[ranks] = dist.new_group(list(ranks))
 
     def gathered(self, value: _T) -> list[_T]:
         values: list[_T | None] = [None] * self.count
-        with self._naming_who_failed():
+        with self.waiting():
             dist.all_gather_object(values, value, group=self._host)
         return values  # type: ignore[return-value]  # each has been replaced
 
     def from_first(self, value: _T) -> _T:
         values = [value]
-        with self._naming_who_failed():
+        with self.waiting():
             dist.broadcast_object_list(values, src=0, group=self._host)
         return values[0]
 
@@ -125,7 +135,7 @@ class Connection:
     def adding(self, group: Sequence[int]) -> Sums:
         if len(group) == 1:
             return NoSums()
-        return BucketSums(self._groups[tuple(group)], self._sendable, self._naming_who_failed)
+        return BucketSums(self._groups[tuple(group)], self._sendable, self.waiting)
 
     @torch.no_grad()
     def exchanged(
@@ -135,7 +145,7 @@ class Connection:
             return rows
         sent = self._sendable(rows.contiguous())
         received = sent.new_empty((sum(taken), *sent.shape[1:]))
-        with self._naming_who_failed():
+        with self.waiting():
             # As bytes, since backends do not have an all-to-all for each dtype.
             dist.all_to_all_single(
                 received.view(torch.uint8),
@@ -146,12 +156,9 @@ class Connection:
             )
         return received.to(rows.device)
 
-    def waiting(self) -> AbstractContextManager[None]:
-        return self._naming_who_failed()
-
     def shard_group(self, members: Sequence[int], shards: int) -> ShardGroup:
         shape = (self.count // len(members), len(members) // shards, shards)
-        with self._naming_who_failed():
+        with self.waiting():
             mesh = init_device_mesh(
                 self._device.type, shape, mesh_dim_names=("experts", "replicas", "shards")
             )
@@ -163,7 +170,7 @@ class Connection:
         )
 
     def taken_by_first(self, source: int, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        with self._naming_who_failed():
+        with self.waiting():
             if self.rank == source:
                 file = io.BytesIO()
                 torch.save(value, file)
@@ -186,24 +193,26 @@ class Connection:
         is_sendable = is_host(tensor.device) or tensor.device.type in self._backend_devices
         return tensor if is_sendable else tensor.cpu()
 
-    @contextmanager
-    def _naming_who_failed(self) -> Iterator[None]:
-        """While this process waits for others; a RankError names the one that has failed."""
-        watch = self._watch
-        if watch is not None:
-            watch.is_waiting = True
-        try:
-            yield
-        except (RuntimeError, ValueError) as error:
-            found, was_stopped = (None, False) if watch is None else watch.outcome()
-            if was_stopped and found is None:
-                raise Interrupted from error
-            raise RankError(
-                found or f"the processes of the run can't reach each other ({_first(error)})"
-            ) from error
-        finally:
-            if watch is not None:
-                watch.is_waiting = False
+    def waiting(self) -> AbstractContextManager[None]:
+        return _naming_who_failed(self._watch, _silent)
+
+
+@contextmanager
+def _naming_who_failed(
+    watch: Watch, unknown: Callable[[BaseException], RankError]
+) -> Iterator[None]:
+    """While this process waits for others; a RankError names the one that has failed, or is made by
+    `unknown` where none is known to have."""
+    before, watch.is_waiting = watch.is_waiting, True
+    try:
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        found, was_stopped = watch.outcome()
+        if was_stopped and found is None:
+            raise Interrupted from error
+        raise (unknown(error) if found is None else RankError(found)) from error
+    finally:
+        watch.is_waiting = before
 
 
 @contextmanager
@@ -211,8 +220,10 @@ def _telling(watch: Watch) -> Iterator[None]:
     """Tell the other processes how this one ends."""
     try:
         yield
-    except RankError:
-        raise  # another process is to blame, and has said so if it could
+    except RankError as error:
+        if watch.found is None:  # else another process is to blame, and all know it
+            watch.say_failed(_first(error))
+        raise
     except Interrupted:
         watch.say_stopped()
         raise
@@ -226,30 +237,31 @@ def _telling(watch: Watch) -> Iterator[None]:
         watch.say_over()
 
 
-def _met(seconds: float) -> tuple[Any, int, int, str]:
-    """The store of the run, this process's rank, the number of processes, and the name of their
-    meeting (`meet`)."""
-    with _reaching():
-        store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-        return store, rank, count, meet(store, rank, count, seconds)
-
-
 @contextmanager
 def _reaching() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, OSError) as error:
-        address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
-        if "EADDRINUSE" in str(error):
-            raise RankError(
-                f"MASTER_PORT: {port} is used by another program on this machine; choose another "
-                "one, or let torchrun choose it (--standalone, or --rdzv-backend c10d)"
-            ) from error
-        raise RankError(
-            f"the processes of the run can't reach each other at {address}:{port} (MASTER_ADDR and "
-            f"MASTER_PORT, from torchrun's --rdzv-endpoint; {_first(error)}); check that this "
-            "is an address of the first machine, which the others can reach, and its firewall"
-        ) from error
+        raise _unreachable(error) from error
+
+
+def _silent(error: BaseException) -> RankError:
+    return RankError(f"the processes of the run can't reach each other ({_first(error)})")
+
+
+def _unreachable(error: BaseException) -> RankError:
+    """The same before they have been connected."""
+    address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in str(error):
+        return RankError(
+            f"MASTER_PORT: {port} is used by another program on this machine; choose another "
+            "one, or let torchrun choose it (--standalone, or --rdzv-backend c10d)"
+        )
+    return RankError(
+        f"the processes of the run can't reach each other at {address}:{port} (MASTER_ADDR and "
+        f"MASTER_PORT, from torchrun's --rdzv-endpoint; {_first(error)}); check that this "
+        "is an address of the first machine, which the others can reach, and its firewall"
+    )
 
 
 def _first(error: BaseException) -> str:

@@ -1,109 +1,109 @@
-"""How the processes of a run find each other, and what they know of each other's places."""
+"""How the processes of a run find each other through torchrun's store.
+
+torchrun keeps its store when it starts the processes anew, so that there may be keys of earlier
+ones in it. So each process that comes leaves a token, and the first one answers each token with the
+name of the meeting. Whatever is kept under that name is of these processes only.
+"""
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from onewan.errors import RankError
+from onewan.parallel.place import Place
+from onewan.parallel.watch import Watch
 
-_POLL_SECONDS = 0.05
+_FIRST_WAITS, _OTHERS_WAIT = timedelta(seconds=0.05), timedelta(seconds=1)
+"""Before a process looks whether others have come, or have failed."""
 _ARRIVALS = "onewan/arrivals"
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a process runs."""
+class Meeting:
+    """The processes of a run from when this one has come until all have.
 
-    rank: int
-    host: str
-    process: int
-    """Its number in the system."""
-    starter: tuple[str, int, str]
-    """The same for processes that one torchrun has started, which can see each other's numbers."""
-    has_store: bool
-    """Whether the store, through which processes find each other, is on its machine."""
-
-    def __str__(self) -> str:
-        """For people."""
-        return f"rank {self.rank} on {self.host}"
-
-
-def own_place(rank: int, environment: Mapping[str, str] = os.environ) -> Place:
-    """The place of this process."""
-    host = socket.gethostname()
-    starter = (host, os.getppid(), environment.get("GROUP_RANK", ""))
-    return Place(rank, host, os.getpid(), starter, _is_here(environment.get("MASTER_ADDR", "")))
-
-
-def meet(store: Any, rank: int, count: int, seconds: float) -> str:
-    """Wait until all processes of the run have come; a name of this meeting, the same for all.
-
-    torchrun keeps its store when it starts the processes anew, so that there may be keys of earlier
-    ones in it. Whatever is kept under the name is of these processes only.
-    RankError, which names those who have not come after `seconds`.
+    From when it knows the name, each is watched by those that wait for it.
     """
-    # `Any`: the type stubs of PyTorch do not have `append`.
-    own = uuid.uuid4().hex
-    store.append(_ARRIVALS, f"{rank} {own}\n")
-    if rank == 0:
-        return _receive(store, own, count, seconds)
-    meeting, limit = None, timedelta(seconds=seconds)
-    try:
-        store.wait([f"onewan/meeting/{own}"], limit)
-        meeting = store.get(f"onewan/meeting/{own}").decode()
-        store.append(f"onewan/present/{meeting}", f"{rank}\n")
-        store.wait([f"onewan/complete/{meeting}"], limit)
-    except dist.DistStoreError as error:
-        present = set(range(1, count)) if meeting is None else _present(store, meeting)
-        raise _not_here(present, count, seconds) from error
-    return meeting
 
+    def __init__(self, store: Any, own: Place, count: int, seconds: float) -> None:
+        """Come, and learn the name. RankError if the first process does not come in `seconds`."""
+        # `Any`: the type stubs of PyTorch do not have `append`.
+        self._store, self._own, self._count, self._seconds = store, own, count, seconds
+        token = uuid.uuid4().hex
+        store.append(_ARRIVALS, f"{own.rank} {token}\n")
+        self.name, self._first = token, own
+        """The name is the same for all."""
+        if own.rank > 0:
+            try:
+                store.wait([_answer(token)], timedelta(seconds=seconds))
+            except dist.DistStoreError as error:
+                raise self._not_here(set(range(1, count))) from error
+            self.name, _, first = store.get(_answer(token)).decode().partition(" ")
+            self._first = Place.of_json(first)
 
-def _receive(store: Any, own: str, count: int, seconds: float) -> str:
-    """What the first process does: it tells all others the name of the meeting."""
-    store.append(f"onewan/present/{own}", "0\n")
-    told, end = {own}, time.monotonic() + seconds
-    while len(present := _present(store, own)) < count:
+    def complete(self, watch: Watch) -> list[Place]:
+        """Wait until all processes have come; their places, by rank. `watch` has started, and
+        looks for all of them from then on.
+
+        RankError, which names those who have not come after the time, or who has failed.
+        """
+        end, every = time.monotonic() + self._seconds, f"onewan/complete/{self.name}"
+        self._store.append(self._present, f"{self._own.to_json()}\n")
+        if self._own.rank > 0:
+            watch.look_for([self._first])
+        answered = {self.name}
+        while not self._is_set(every):
+            if self._own.rank == 0:
+                self._answer(answered)
+                places = self._places()
+                watch.look_for(places, most=len(places))
+                if len(places) == self._count:
+                    self._store.set(every, "")
+            if watch.found is not None:
+                raise RankError(watch.found)
+            if time.monotonic() > end:
+                raise self._not_here({place.rank for place in self._places()})
+        places = self._places()
+        watch.look_for(places)
+        return places
+
+    def _is_set(self, key: str) -> bool:
+        """Whether the store has a key, after some time without it."""
+        try:
+            self._store.wait([key], _FIRST_WAITS if self._own.rank == 0 else _OTHERS_WAIT)
+        except dist.DistStoreError:
+            return False
+        return True
+
+    def _answer(self, answered: set[str]) -> None:
+        """Tell all that have come the name, and where this first process is."""
         # Also set for processes of earlier meetings, which have ended and do not read it.
-        for arrival in store.get(_ARRIVALS).decode().splitlines():
-            name = arrival.split()[1]
-            if name not in told:
-                told.add(name)
-                store.set(f"onewan/meeting/{name}", own)
-        if time.monotonic() > end:
-            raise _not_here(present, count, seconds)
-        time.sleep(_POLL_SECONDS)
-    store.set(f"onewan/complete/{own}", "")
-    return own
+        for arrival in self._store.get(_ARRIVALS).decode().splitlines():
+            token = arrival.split()[1]
+            if token not in answered:
+                answered.add(token)
+                self._store.set(_answer(token), f"{self.name} {self._own.to_json()}")
+
+    @property
+    def _present(self) -> str:
+        return f"onewan/present/{self.name}"
+
+    def _places(self) -> list[Place]:
+        lines = self._store.get(self._present).decode().splitlines()
+        return sorted(map(Place.of_json, lines), key=lambda place: place.rank)
+
+    def _not_here(self, present: set[int]) -> RankError:
+        missing = ", ".join(str(rank) for rank in range(self._count) if rank not in present)
+        return RankError(
+            f"not all {self._count} processes of the run have started: rank {missing} did not "
+            f"within {self._seconds:.0f} s; what torchrun has printed on the other machines says "
+            "why"
+        )
 
 
-def _present(store: Any, meeting: str) -> set[int]:
-    return {int(rank) for rank in store.get(f"onewan/present/{meeting}").split()}
-
-
-def _not_here(present: set[int], count: int, seconds: float) -> RankError:
-    missing = ", ".join(str(rank) for rank in range(count) if rank not in present)
-    return RankError(
-        f"not all {count} processes of the run have started: rank {missing} did not within "
-        f"{seconds:.0f} s; what torchrun has printed on the other machines says why"
-    )
-
-
-def _is_here(address: str) -> bool:
-    """Whether a host name or an address is that of this machine."""
-    with suppress(OSError):
-        for family, kind, _, _, name in socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM):
-            with suppress(OSError), socket.socket(family, kind) as tried:
-                tried.bind(name)  # only possible with an own address
-                return True
-    return False
+def _answer(token: str) -> str:
+    return f"onewan/meeting/{token}"

@@ -20,7 +20,7 @@ import psutil
 import torch.distributed as dist
 
 from onewan.errors import one_line
-from onewan.parallel.meeting import Place
+from onewan.parallel.place import Place
 
 BEAT_SECONDS = 1.0
 """Between two signs of life."""
@@ -42,31 +42,27 @@ _FAILURE, _STOPPED, _HEARD = "failure", "stopped", "heard"
 class Watch:
     """Gives this process's signs of life, and looks for those of others, from `start` to `stop`.
 
-    `store` has only keys of these processes. `tell` is called with the line about a failure where
-    this process can't end by itself. Where the thread that creates this object has been at the same
-    place in the code for `patience` seconds, and `is_waiting` is False, this process hangs.
+    `store` has only keys of these processes, and those of the first one are made before the others
+    make theirs. Until `look_for`, this process gives signs and looks for none. `tell` is called
+    with the line about a failure where this process can't end by itself. Where the thread that
+    creates this object has been at the same place in the code for `patience` seconds, and
+    `is_waiting` is False, this process hangs.
     """
 
     def __init__(
         self,
         store: dist.Store,
-        places: Sequence[Place],
-        rank: int,
+        own: Place,
         *,
         patience: float,
         tell: Callable[[str], None],
     ) -> None:
-        self._store, self._places, self._own = store, places, places[rank]
+        self._store, self._own = store, own
         self._patience, self._tell = patience, tell
         self.is_waiting = False
-        count = len(places)
-        next_ones = range(rank + 1, min(rank + 1 + _WATCHED, rank + count))
-        self._watched = [_Signs(places[other % count]) for other in next_ones]
-        self._neighbours = [
-            place
-            for place in places
-            if place.starter == self._own.starter and place is not self._own
-        ]
+        self._places: Sequence[Place] = [own]
+        self._watched = list[_Signs]()
+        self._neighbours = list[Place]()
         self._found: str | None = None
         self._was_stopped = False
         self._is_decided, self._is_over = threading.Event(), threading.Event()
@@ -76,14 +72,29 @@ class Watch:
             threading.Thread(target=run, name=f"watch of ranks ({name})", daemon=True)
             for name, run in (("signs", self._exchange), ("end", self._judge))
         ]
-
-    @staticmethod
-    def prepare(store: dist.Store, rank: int) -> None:
-        """To be called by all processes before any of them starts its watch."""
-        store.set(_beat(rank), "0")
-        if rank == 0:
+        store.set(_beat(own.rank), "0")
+        if own.rank == 0:
             store.set(_FAILURE, "")
             store.set(_STOPPED, "")
+
+    def look_for(self, places: Sequence[Place], most: int = _WATCHED) -> None:
+        """From now on look for those of `places` that were started beside this process, and for the
+        signs of the next `most` by rank. All of them have made their watch."""
+        rank = self._own.rank
+        others = sorted(
+            (place for place in places if place.rank != rank),
+            key=lambda place: (place.rank < rank, place.rank),
+        )
+        known = {signs.place.rank: signs for signs in self._watched}
+        # Each is replaced at once, since a thread reads them.
+        self._watched = [known.get(place.rank) or _Signs(place) for place in others[:most]]
+        self._neighbours = [place for place in others if place.starter == self._own.starter]
+        self._places = sorted((*others, self._own), key=lambda place: place.rank)
+
+    @property
+    def found(self) -> str | None:
+        """The line about the process that has failed, if one has."""
+        return self._found
 
     def start(self) -> None:
         for thread in self._threads:
@@ -136,8 +147,9 @@ class Watch:
         """What has become of another process, if it has failed; `elapsed` is the number of seconds
         since this was looked at."""
         # Looked for first: whoever ends in order has said so before.
+        watched = self._watched
         gone = [place for place in self._neighbours if not psutil.pid_exists(place.process)]
-        names = [_FAILURE, _STOPPED, *(_beat(signs.place.rank) for signs in self._watched)]
+        names = [_FAILURE, _STOPPED, *(_beat(signs.place.rank) for signs in watched)]
         failure, stopped, *beats = [value.decode() for value in self._store.multi_get(names)]
         if failure:
             return failure
@@ -150,7 +162,7 @@ class Watch:
                     f"{place} was killed (by kill -9, or by the system, as when a machine has no "
                     "memory left)"
                 )
-        for signs, beat in zip(self._watched, beats, strict=True):
+        for signs, beat in zip(watched, beats, strict=True):
             if signs.silent_for(beat, elapsed) > STALE_SECONDS:
                 return (
                     f"{signs.place} has given no sign of life for {STALE_SECONDS:.0f} s: it hangs "
