@@ -12,7 +12,10 @@ from support.runs import RunFile, layout_of
 pytestmark = pytest.mark.long
 
 COUNTS = (1, 2, 4)
-FINE_TUNE = ["method={kind: fine_tune, weights: stochastic}", "model.dtype=bfloat16"]
+FINE_TUNE = [
+    *("method={kind: fine_tune, weights: stochastic}", "model.dtype=bfloat16"),
+    "parallel.weights=replicated",
+]
 
 
 @pytest.mark.parametrize("method", ["lora", "fine_tune"])

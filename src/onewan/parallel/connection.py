@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from onewan.devices import collective_backend, is_host
-from onewan.errors import Interrupted, RankError
+from onewan.errors import ConfigError, Interrupted, RankError
 from onewan.parallel.bucket_sums import BucketSums
 from onewan.parallel.meeting import Meeting
 from onewan.parallel.place import own_place
@@ -157,6 +157,14 @@ class Connection:
         return received.to(rows.device)
 
     def shard_group(self, members: Sequence[int], shards: int) -> ShardGroup:
+        if not is_host(self._device) and not self._backend_devices:
+            raise ConfigError(
+                "run file",
+                [
+                    f"parallel.weights: can't be sharded on {self._device.type}, for which PyTorch "
+                    "has no backend of torch.distributed; choose replicated"
+                ],
+            )
         shape = (self.count // len(members), len(members) // shards, shards)
         with self.waiting():
             mesh = init_device_mesh(

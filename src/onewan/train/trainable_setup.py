@@ -146,6 +146,14 @@ def attach_expert(
     transformer.requires_grad_(False)
     method = _attach_method(config, transformer, expert, initial)
     sharded = memory.shard(transformer, _replicated(method))
+    if sharded is not None and isinstance(method, AdapterTraining) and method.has_fixed_parts:
+        raise ConfigError(
+            "run file",
+            [
+                "method.init_from: changes weights besides the layers that are trained, which is "
+                "not possible where these are sharded; set parallel.weights to replicated"
+            ],
+        )
     trainable = None
     if method is not None:
         if sharded is not None and isinstance(method, FullFineTune):

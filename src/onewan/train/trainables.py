@@ -90,6 +90,8 @@ class AdapterTraining:
         self.parameters = adapter_parameters(transformer)
         self._transformer = transformer
         self._fixed = fixed
+        self.has_fixed_parts = bool(fixed.modules)
+        """Whether weights of the transformer contain parts of the adapter."""
         self._lora_plus_ratio = lora_plus_ratio
 
     def groups(self, lr: float) -> list[ParameterGroup]:

@@ -44,8 +44,10 @@ def try_largest_batch(run: Run) -> MemoryMeasured | None:
     run.bring_expert(name)
     reset_peak(run.device)
     backward(run, step, trained)
+    run.memory.finish_passes()
     vectors = (embedding.vectors for embedding in run.model.all_embeddings())
-    for parameter in (*trained.transformer.parameters(), *vectors):
+    own_weights = [p for t in run.state.trainables_of(name) for p in t.weights.parameters.values()]
+    for parameter in (*trained.transformer.parameters(), *vectors, *own_weights):
         parameter.grad = None
     _, peak = device_memory(run.device)
     reset_peak(run.device)
