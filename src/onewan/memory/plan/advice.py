@@ -226,8 +226,9 @@ def _memory_changes(config: ResolvedRun) -> Iterator[_Change]:
     if memory.host_weights != "mapped" and not is_fine_tuning:
         text = "read streamed weights from the model's file each time (slower, unless it is cached)"
         yield _change(text, {"memory.host_weights": "mapped"})
-    if config.parallel.weights.startswith("sharded") and not is_fine_tuning:
-        text = "all frozen weights in each process, streamed from host memory as far as needed"
+    weights = config.parallel.weights
+    if weights.startswith("sharded") or (weights == "auto" and is_fine_tuning):
+        text = "all weights in each process, streamed from host memory as far as needed"
         yield _change(text, {"parallel.weights": "replicated"})
     if memory.weights == "as_stored" and not is_fine_tuning:
         for storage in ("fp8", "int8", "nf4"):
