@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
-from onewan.arithmetic.byte_sizes import parse_bytes
+from onewan.arithmetic.byte_sizes import format_bytes, parse_bytes
 from onewan.arithmetic.collectives import Network
+from onewan.arithmetic.durations import format_duration
 from onewan.cli import main
 from onewan.cli.plan import plan_of
 from onewan.config.load import load_run
@@ -306,3 +308,22 @@ def test_the_command_says_what_was_chosen_and_why(
     assert "processes, with such a device and 500.0 GB of host memory each" in (
         capsys.readouterr().out
     )
+
+
+def test_the_page_has_the_numbers_of_the_plan(run) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "scaling.md").read_text(encoding="utf-8")
+    table = re.search(r"<!-- sharded: begin -->\n(.*?)<!-- sharded: end -->", page, re.DOTALL)
+    assert table
+    rows = [re.split(r" *\| *", line)[1:-1] for line in table[1].splitlines()[2:]]
+    assert len(rows) == 5
+    for gpus, experts, memory, step, waiting, total in rows:
+        config = run("train.save_every=250", f"parallel.experts={experts}")
+        given = plan_of(config, parse_bytes("80GB"), int(gpus) * parse_bytes("125GB"), int(gpus))
+        need, found = format_bytes(given.peak.device_bytes), given.processes
+        if not given.fits:
+            assert (memory, step, waiting, total) == (f"{need}: does not fit", "", "", "")
+            continue
+        assert found is not None and memory == need
+        expected = format_duration(found.step) + (", two at a time" if found.side_by_side else "")
+        assert step == expected
+        assert (waiting, total) == (format_duration(found.waiting), format_duration(found.total))
