@@ -20,14 +20,17 @@ from support.equal_runs import (
     notes,
 )
 from support.runs import PLACEHOLDER, SMALL_SAMPLE, RunFile, layout_of
-from support.shared_tokens import DIVIDES, Case, alone_and_together, results
+from support.shared_tokens import DIVIDES, Case, alone_and_together, bytes_sent, results
 from support.tiny_models import TinyModels
 from support.torchrun import together
 
+from onewan.data.dataset import survey
 from onewan.data.loader import StepBatches
+from onewan.errors import ConfigError
 from onewan.parallel.ranks import Alone
 from onewan.parallel.sequence import SequenceParallel
 from onewan.train.run import Run
+from onewan.train.setup import WanModelSetup
 from onewan.train.speed import step_speed
 
 # ------------------------------------------------------------------- a forward and a backward pass
@@ -85,16 +88,38 @@ def test_results_and_gradients_are_those_of_one_process(processes: int) -> None:
             assert far(first[name], predictions=predictions) < limit, name
 
 
+def test_a_process_sends_the_bytes_that_the_documentation_says() -> None:
+    kept = Case(size=DIVIDES, how={"keep_attention": True})
+    own, samples, number = 12, 2, 4  # of its tokens; bytes of a float32
+    exchange = samples * own * shared_tokens.WIDTH * number // 2
+    prediction = samples * own * shared_tokens.CHANNELS * 2 * 2 * number
+    for tensors, sent in zip(
+        (12, 13), together(2, bytes_sent, [kept, Case(size=DIVIDES)])[0], strict=True
+    ):
+        assert sent == shared_tokens.LAYERS * tensors * exchange + prediction
+
+
 def test_a_forward_pass_of_a_sampler_is_not_shared() -> None:
-    """`WanTransformer.forward`, as pipelines call it, needs no other process."""
+    """`WanTransformer.forward`, as pipelines call it, has the result of a process that shares
+    nothing."""
     model = shared_tokens._model(Case(), torch.float32)
-    model.sharing = SequenceParallel(ranks=Alone(), group=(0, 1))
-    x, t, text = torch.zeros(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.zeros(1, 512, 24)
+    x, t, text = torch.randn(1, 16, 1, 4, 4), torch.tensor([500.0]), torch.zeros(1, 512, 24)
     with torch.no_grad():
-        assert model(x, t, text).sample.shape == x.shape
+        expected = model(x, t, text).sample
+        # The other process is not there: what it has would be wrong.
+        model.sharing = SequenceParallel(ranks=Alone(), group=(0, 1))
+        assert torch.equal(model(x, t, text).sample, expected)
     model.block_runner = None
     with pytest.raises(ValueError, match="have a runner"):
         shared_tokens.predict_velocities(model, [shared_tokens._batch(Case(), 0)])
+
+
+def test_tokens_and_heads_that_can_not_be_shared() -> None:
+    few = SequenceParallel(ranks=Alone(), group=(0, 1, 2))
+    with pytest.raises(ValueError, match="3 processes can't share 2 tokens"):
+        few.of(2)
+    with pytest.raises(ValueError, match="3 processes can't share 4 attention heads"):
+        few.of(9).to_heads(torch.zeros(1, 3, 4, 8))
 
 
 # ------------------------------------------------------------------------------------------- runs
@@ -265,3 +290,32 @@ def test_a_loss_that_is_not_finite_names_the_clip_in_all_processes_that_have_it(
         assert error.startswith("step 2 (single expert): the loss is not finite with "), error
         assert ". Look at that clip" in error
     assert layout_of(config).saved_steps() == [1]
+
+
+class First(Alone):
+    """The first of several processes, of which the others are not there."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
+def test_a_model_whose_heads_can_not_be_shared_is_refused_before_anything_is_encoded(
+    run_file: RunFile, model: Callable[[str], str]
+) -> None:
+    for settings, have in (([], "1 attention head"), ([model("ti2v-5b")], "2 attention heads")):
+        config = run_file("ti2v-5b", *settings, "parallel.sequence_parallel=4")
+        with pytest.raises(ConfigError, match=f"sequence_parallel: 4 .* share the {have} of this"):
+            WanModelSetup(config, ranks=First(4)).check()
+
+
+def test_clips_with_fewer_tokens_than_processes_are_refused_before_they_are_encoded(
+    run_file: RunFile, workshop: Path
+) -> None:
+    source = (workshop / "clips").as_posix()
+    config = run_file(
+        "ti2v-5b", f"video_data.sources=[{{path: {source}}}]", "video_data.resolution=4096"
+    )
+    clips = survey(config).clips
+    setup = WanModelSetup(config, ranks=First(24))
+    with pytest.raises(ConfigError, match=r"24 processes can't share the 12 tokens of \S+ \("):
+        setup.check_clips(clips)

@@ -24,7 +24,7 @@ from onewan.model.transformer import WanTransformer
 from onewan.parallel.ranks import join
 from onewan.parallel.sequence import SequenceParallel
 
-HEADS = 4
+HEADS, WIDTH, LAYERS, CHANNELS = 4, 64, 2, 16
 DIVIDES, DOES_NOT = (3, 4, 8), (3, 6, 6)
 """Latent frames, height and width with 24 and with 27 tokens."""
 
@@ -66,6 +66,27 @@ def results(
     return {**found, **predicted}
 
 
+def bytes_sent(cases: Sequence[Case]) -> list[int]:
+    """Bytes that this process sends the others in a forward and a backward pass of each case."""
+    found = list[int]()
+    with join(HOST, 60) as ranks:
+        group = tuple(range(ranks.count))
+        ranks.prepare([group])
+        exchanged = ranks.exchanged
+
+        def counted(
+            rows: Tensor, given: Sequence[int], taken: Sequence[int], to: Sequence[int]
+        ) -> Tensor:
+            found[-1] += rows[0].nbytes * (sum(given) - given[ranks.rank])
+            return exchanged(rows, given, taken, to)
+
+        ranks.exchanged = counted
+        for case in cases:
+            found.append(0)
+            results(case, SequenceParallel(ranks=ranks, group=group))
+    return found
+
+
 def alone_and_together(cases: dict[str, Case]) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
     """The results of each case by one process, and by all processes of this run together."""
     found = dict[str, dict[str, tuple[Tensor, Tensor]]]()
@@ -85,7 +106,11 @@ def alone_and_together(cases: dict[str, Case]) -> dict[str, dict[str, tuple[Tens
 def _model(case: Case, dtype: torch.dtype) -> WanTransformer:
     torch.manual_seed(0)
     model = WanTransformer(
-        num_attention_heads=HEADS, attention_head_dim=16, text_dim=24, ffn_dim=96, num_layers=2
+        num_attention_heads=HEADS,
+        attention_head_dim=WIDTH // HEADS,
+        text_dim=24,
+        ffn_dim=96,
+        num_layers=LAYERS,
     )
     if case.reference:
         model.add_ref_conv(16)
