@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support.held_bytes import held_bytes
 from support.runs import RunFile
+from support.tiny_models import TinyModels
 from support.torchrun import together
 
 from onewan.memory.plan import read_stored_model
@@ -24,12 +25,21 @@ METHODS = {
 }
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> TinyModels:
+    """With more blocks than are whole at a time."""
+    return TinyModels(tmp_path_factory.mktemp("models"), width=64, layers=4)
+
+
 @pytest.mark.parametrize("processes", [2, 3, 4])
 @pytest.mark.parametrize("method", METHODS)
 def test_processes_have_the_bytes_that_are_planned(
-    run_file: RunFile, tmp_path: Path, method: str, processes: int
+    run_file: RunFile, models: TinyModels, tmp_path: Path, method: str, processes: int
 ) -> None:
-    settings = ["wan_config.max_frames=5", f"train.accumulation={processes}", *METHODS[method]]
+    settings = [
+        f"model.path={models('ti2v-5b').as_posix()}",
+        *("wan_config.max_frames=5", f"train.accumulation={processes}", *METHODS[method]),
+    ]
     config = run_file("ti2v-5b", *settings, AVERAGED)
     every = together(processes, held_bytes, tmp_path / "run.yaml", [*settings, AVERAGED])
     (stored,), (expert,) = read_stored_model(config).experts.values(), config.model.facts().experts

@@ -52,8 +52,11 @@ def _record_peaks(patch: pytest.MonkeyPatch, peaks: Counter[str]) -> None:
 
     def recorded_use(self: ShardedTransformer, index: int) -> None:
         use(self, index)
-        block = sum(place.parameter.nbytes for place in self._places[index].values())
-        peaks["whole weights"] = max(peaks["whole weights"], len(self._gathering) * block)
+        whole = sum(place.parameter.nbytes for place in self._places[index].values())
+        for ahead in self._gathering.keys() - {index}:
+            group: Any = self._blocks[ahead]._get_fsdp_state()._fsdp_param_group
+            whole += group._all_gather_result.all_gather_output.nbytes
+        peaks["whole weights"] = max(peaks["whole weights"], whole)
 
     def recorded_send(self: ShardedTransformer, index: int) -> None:
         places = self._places[index].values()

@@ -82,7 +82,8 @@ class RankBytes:
     """Of the optimizer."""
     averages: int
     whole_weights: int
-    """At the peak, of blocks that are gathered: `WHOLE_BLOCKS` of them."""
+    """At the peak: of the block that computes, and of those that are gathered ahead of it, with
+    the padding of the last shards."""
     block_gradients: int
     """Whole ones of the block that is differentiated, in the type of its weights; 0 if blocks are
     frozen."""
@@ -112,9 +113,11 @@ def rank_bytes(
     weights = list(expert_weights(config, stored, fine_tunes=fine_tunes))
     numbers = [(weight, weight.rows_of(sharing, rank) * weight.row) for weight in weights]
     whole_weights, gradients_of, reduced = ([0.0] * stored.shape.layers for _ in range(3))
+    ahead = min(WHOLE_BLOCKS, stored.shape.layers) - 1
     for weight in weights:
         if weight.block is not None:
-            whole_weights[weight.block] += weight.padded(sharing) * weight.computed_size
+            gathered = ahead * weight.padded(sharing)
+            whole_weights[weight.block] += (weight.numbers + gathered) * weight.computed_size
             if weight.trained_size:
                 gradients_of[weight.block] += weight.numbers * weight.trained_size
                 sums = weight.padded(sharing) * (1 + 1 / sharing.shards)
@@ -139,7 +142,7 @@ def rank_bytes(
         gradients=gradients,
         state=state,
         averages=averages,
-        whole_weights=min(WHOLE_BLOCKS, stored.shape.layers) * round(max(whole_weights)),
+        whole_weights=round(max(whole_weights)),
         block_gradients=round(max(gradients_of)),
         reduced_gradients=round(max(reduced)),
     )
