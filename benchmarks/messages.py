@@ -74,12 +74,10 @@ def meetings(config: ResolvedRun, division: Division, own_steps: int, clips: int
         tokens_per_second=1e3, tflops=1e3, mfu=0.5,
     )  # fmt: skip
     due = Cadence.of(config).at(1)
-    meeting = (
-        gathered([done] * own_steps, count)  # what became of the steps
-        + told((False, config), count)  # whether a setting has changed
-        + told((due, False), count)  # what is due
-        + gathered(False, count)  # whether to stop
-    )
+    # What became of the steps, and whether a process was told to stop.
+    found = gathered(([done] * own_steps, False), count)
+    # Changed settings, what is due, whether to stop, and whether a sample video is ordered.
+    meeting = found + told((None, due, False, False), count)
     return meeting.times(1 / own_steps)
 
 

@@ -92,6 +92,18 @@ class Run:
         found = (self.state.experts[name].trainable for name in group.experts)
         return [trainable for trainable in found if trainable is not None]
 
+    def bring_together(self) -> None:
+        """Give the first process what others have trained, which then has the whole state."""
+        if self.division.is_sharded:  # whoever has shards writes them
+            return
+        for group in self.division.groups[1:]:
+            trained, own = self.trained_by(group), None
+            if self.ranks.rank == group.first:
+                own = {str(trainable.name): trainable.values() for trainable in trained}
+            if values := self.ranks.taken_by_first(group.first, own):
+                for trainable in trained:
+                    trainable.use(values[trainable.name], f"rank {group.first}")
+
     def bring_expert(self, name: ExpertName) -> TrainedExpert:
         """The expert `name`, ready on the device with its optimizer state and averages. The other
         expert leaves the device if `memory.offload_inactive_expert` is set."""

@@ -31,22 +31,24 @@ class Steps:
         self,
         run: Run,
         is_due: Callable[[int], bool],
+        is_signalled: Callable[[], bool],
         *,
         memory_limit: int | None,
         device_rate: float | None,
     ) -> None:
         """`is_due` says whether something is to be done, or may change, when so many steps are
-        complete. `memory_limit` is the number of bytes of the device that may be used, and
-        `device_rate` its FLOP/s in matrix products; None where they are not known."""
-        self._run, self._is_due = run, is_due
+        complete, and `is_signalled` whether this process was told to stop. `memory_limit` is the
+        number of bytes of the device that may be used, and `device_rate` its FLOP/s in matrix
+        products; None where they are not known."""
+        self._run, self._is_due, self._is_signalled = run, is_due, is_signalled
         self._memory_limit, self._device_rate = memory_limit, device_rate
         self._copied = run.memory.copied
         self._bucket: Sequence[int] | None = None
         """Frames, height and width of the latents of the step before."""
 
-    def __iter__(self) -> Iterator[list[StepDone]]:
-        """After each span, what became of its steps, in their order; `run.state.step` is counted
-        on before. DataError if clips can't be read."""
+    def __iter__(self) -> Iterator[tuple[list[StepDone], bool]]:
+        """After each span, what became of its steps, in their order, and whether a process was told
+        to stop; `run.state.step` is counted on before. DataError if clips can't be read."""
         run, total = self._run, self._run.config.train.steps
         own = run.group.experts if run.division.side_by_side else None
         batches = run.loader.steps(run.state.step, total, run.schedule.expert_at, own, run.part)
@@ -55,7 +57,9 @@ class Steps:
                 span = self._span(run.state.step, total)
                 done = [self._train(next(batches)) for step in span if self._is_own(step)]
                 run.state.step = span.stop
-                yield _in_order(run.ranks.gathered(done), run.division.sequence)
+                found = run.ranks.gathered((done, self._is_signalled()))
+                done_by_rank, signalled = zip(*found, strict=True)
+                yield _in_order(done_by_rank, run.division.sequence), any(signalled)
 
     def _span(self, first: int, total: int) -> range:
         run = self._run

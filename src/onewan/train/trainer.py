@@ -261,6 +261,7 @@ class WanTrainer:
         steps = Steps(
             run,
             self._is_due_at,
+            lambda: self._stop_signals.requested,
             memory_limit=self._memory_limit,
             device_rate=self._device_rate,
         )
@@ -268,12 +269,11 @@ class WanTrainer:
             self._catch_up(run)
             self._saver.start_clock()
             ready = time.perf_counter()
-            for done in steps:
+            for done, signalled in steps:
                 seconds = (time.perf_counter() - ready) / len(done)
                 for step in done:
                     self._report(step, seconds)
-                self._after_steps(run)
-                self._stop_if_requested()
+                self._after_steps(run, signalled)
                 ready = time.perf_counter()
         except DataError:
             if self._ranks.count == 1:  # others may have trained steps that this one has not
@@ -282,7 +282,7 @@ class WanTrainer:
         except Interrupted:
             # Saved here and not where the request was noticed: during validation and sampling the
             # model may contain other weights (averages, the base model's) than the trained ones.
-            self._bring_together(run)
+            run.bring_together()
             self._saver.save(run, last=True)
             raise
         if self._exporter.failure:
@@ -325,18 +325,36 @@ class WanTrainer:
         left = self._time.after(step.step)
         self._log.emit(replace(step, memory_peak=self._memory_peak, seconds_left=left))
 
-    def _after_steps(self, run: Run) -> None:
-        """Do what is due at the present step."""
+    def _after_steps(self, run: Run, signalled: bool) -> None:
+        """Do what is due at the present step, and stop if that is wanted. The first process finds
+        both out, and tells all at once."""
+        recorded, due, stops, requested = None, None, signalled, iter(())
         if self._ranks.is_first:
             self._restore_folder()
-        self._steer(run)
-        requested = self._steering.samples(run) if self._ranks.is_first else iter(())
+            if self._steering.advance(run):
+                recorded = run.recorded
+                self._follow_settings(run)
+            requested = self._steering.samples(run)
+            due, stops = self._due(run), signalled or self._take("stop")
         request = next(requested, None)
-        due = self._due(run) if self._ranks.is_first else None
-        due, is_requested = self._ranks.from_first((due, request is not None))
-        if due is None or not (due.anything or is_requested):
-            return
-        self._bring_together(run)
+        told = recorded, due, stops, request is not None
+        recorded, due, stops, is_requested = self._ranks.from_first(told)
+        if recorded is not None and not self._ranks.is_first:
+            self._config = run.recorded = recorded
+            self._steering.begin(run)
+            self._follow_settings(run)
+        if due is not None and (due.anything or is_requested):
+            self._do(run, due)
+            while self._ranks.from_first(request is not None):
+                self._samples.make_requested(run, request)
+                request = next(requested, None)
+            if not stops:  # it may have taken long
+                self._stop_if_requested()
+        if stops:
+            raise Interrupted
+
+    def _do(self, run: Run, due: Due) -> None:
+        run.bring_together()
         # Validation precedes saving, so that the state includes its result, and so that the files
         # of the best weights that a state knows are complete.
         best = due.validate and self._validate(run)
@@ -347,31 +365,6 @@ class WanTrainer:
             with self._time.doing("export"):
                 self._exporter.export(run)
         self._sample_due(run, due)
-        while self._ranks.from_first(request is not None):
-            self._samples.make_requested(run, request)
-            request = next(requested, None)
-
-    def _bring_together(self, run: Run) -> None:
-        """Give the first process what others have trained, which then has the whole state."""
-        if run.division.is_sharded:  # whoever has shards writes them
-            return
-        for group in run.division.groups[1:]:
-            trained, own = run.trained_by(group), None
-            if self._ranks.rank == group.first:
-                own = {str(trainable.name): trainable.values() for trainable in trained}
-            if values := self._ranks.taken_by_first(group.first, own):
-                for trainable in trained:
-                    trainable.use(values[trainable.name], f"rank {group.first}")
-
-    def _steer(self, run: Run) -> None:
-        """Bring changed settings into force; the first process reads what is ordered."""
-        changed = self._ranks.is_first and self._steering.advance(run)
-        recorded = self._ranks.from_first(run.recorded if changed else None)
-        if recorded is not None and not self._ranks.is_first:
-            self._config = run.recorded = recorded
-            self._steering.begin(run)
-        if recorded is not None:
-            self._follow_settings(run)
 
     def _due(self, run: Run) -> Due:
         """What is due after this step, by the settings and by requests."""
