@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onewan.memory.copy_queue import Event
-from onewan.memory.host_memory import HostMemory
+from onewan.memory.host_memory import HostMemory, SharedBuffer
 
 ALIGNMENT = 256
 """Bytes at whose multiples tensors start in a buffer, as in PyTorch's own allocations (512):
@@ -145,13 +145,22 @@ class BlockWeights:
         copies of the model. Trainable parameters are left alone, but with `trained` they belong to
         the masters, too; `training` has to be set then. With `mapped` there is no master: tensors
         stay where they are, such as in a file that is mapped into memory, and are gathered at each
-        copy. Whatever replaces tensors of the blocks (adapters, merged differences) has to come
-        before.
+        copy. Where `host` has memory that the processes of a machine have in common, the masters of
+        frozen weights are in it: one of the processes writes them, and all take the same blocks.
+        Whatever replaces tensors of the blocks (adapters, merged differences) has to come before.
         TypeError for a tensor that consists of several ones, ValueError for both options together.
         """
         if mapped and trained:
             raise ValueError("weights that are trained need masters: a mapped file is not written")
-        return cls([_take(block, host, mapped=mapped, trained=trained) for block in blocks])
+        layouts = [FlatLayout.of(_tensors_of(block, trained=trained)) for block in blocks]
+        sizes = [-(-layout.size // ALIGNMENT) * ALIGNMENT for layout in layouts]
+        shared = None if mapped or trained else host.shared(sum(sizes))
+        if shared is None:
+            return cls([_take(block, host, mapped=mapped, trained=trained) for block in blocks])
+        parts = zip(blocks, shared.tensor.split(sizes), strict=True)
+        taken = [_take_shared(block, shared, flat) for block, flat in parts]
+        shared.written()
+        return cls(taken)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -209,6 +218,25 @@ def _take(block: nn.Module, host: HostMemory, *, mapped: bool, trained: bool) ->
         host=in_host,
         sources=sources,
         is_pinned=is_pinned,
+    )
+
+
+def _take_shared(block: nn.Module, shared: SharedBuffer, flat: Tensor) -> BlockInHostMemory:
+    """A block whose master is the part `flat` of a buffer that other processes have too."""
+    tensors = _tensors_of(block, trained=False)
+    layout = FlatLayout.of(tensors)
+    master = flat[: layout.size]
+    in_host = layout.views(master)
+    for tensor, view in zip(tensors, in_host, strict=True):
+        if shared.is_writer:
+            view.copy_(tensor)
+        tensor.data = view  # frees the tensor's former memory
+    return BlockInHostMemory(
+        tensors=tensors,
+        layout=layout,
+        host=in_host,
+        sources=[(0, master)],
+        is_pinned=shared.is_pinned,
     )
 
 

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from onewan.devices import can_pin, has_streams, is_accelerator, page_runtime
 from onewan.errors import ConfigError
+from onewan.parallel.machine_memory import MachineMemory
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,22 @@ class HostBuffer:
     is_pinned: bool
 
 
+@dataclass(frozen=True, slots=True)
+class SharedBuffer(HostBuffer):
+    """A buffer that several processes have in common."""
+
+    machine: MachineMemory
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process writes the content for all."""
+        return self.machine.is_writer
+
+    def written(self) -> None:
+        """Return when the content is there. All processes of the run call this."""
+        self.machine.written()
+
+
 class HostMemory:
     """Allocates host buffers for copies to one device."""
 
@@ -54,8 +71,10 @@ class HostMemory:
         pinned: bool | None = None,
         notify: Callable[[str], None] = log.warning,
         pages: PageLocker | None = None,
+        machine: MachineMemory | None = None,
     ) -> None:
-        """`pinned`: True makes it an error where memory can't be pinned, False never pins, and None
+        """`machine` is the memory that other processes have in common with this one, if it is used.
+        `pinned`: True makes it an error where memory can't be pinned, False never pins, and None
         pins what can be; `notify` is then told once about the rest. `pages` locks memory that is
         already allocated; by default the driver's, on CUDA and ROCm."""
         self._device = device
@@ -67,6 +86,7 @@ class HostMemory:
         can_gain = has_streams(device) or self._required
         self._wanted = pinned is not False and can_gain and not is_without_copies(device)
         self._pages = pages
+        self._machine = machine
         self._probed = False
 
     def allocate(self, size: int) -> HostBuffer:
@@ -85,6 +105,25 @@ class HostMemory:
             self._give_up(size, error)
             return HostBuffer(_unpinned(size), is_pinned=False)
 
+    def shared(self, size: int) -> SharedBuffer | None:
+        """A buffer of zeros that the processes of the run on this machine have in common; None if
+        there are no others, or they can't share memory. All processes of the run call this.
+
+        ConfigError as `allocate`.
+        """
+        if self._machine is None or size == 0:
+            return None
+        region = self._machine.region(size)
+        if region is None:
+            return None
+        tensor, is_pinned = torch.from_numpy(np.frombuffer(region, dtype=np.uint8)), False
+        if self._wanted and (pages := self._driver) is not None:
+            try:
+                tensor, is_pinned = _locked(region, pages), True
+            except RuntimeError as error:
+                self._give_up(size, error)
+        return SharedBuffer(tensor, is_pinned=is_pinned, machine=self._machine)
+
     def allocate_staging(self, size: int) -> HostBuffer:
         """A small buffer through which unpinned memory is copied: pinned, if that works, whatever
         was asked for the weights."""
@@ -101,13 +140,18 @@ class HostMemory:
 
     def _pinned(self, size: int) -> Tensor:
         """A pinned uint8 tensor of `size` bytes; RuntimeError or OSError if that fails."""
-        if self._pages is None and (runtime := page_runtime(self._device)) is not None:
-            self._pages = DriverPages(self._device, runtime)
-        if self._pages is not None:
-            return _locked(size, self._pages)
+        if (pages := self._driver) is not None:
+            return _locked(mmap.mmap(-1, size), pages)
         if not can_pin(self._device):
             raise RuntimeError(f"PyTorch pins no memory for copies to {self._device}")
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    @property
+    def _driver(self) -> PageLocker | None:
+        """What locks memory that is already allocated; None where nothing does."""
+        if self._pages is None and (runtime := page_runtime(self._device)) is not None:
+            self._pages = DriverPages(self._device, runtime)
+        return self._pages
 
     def _give_up(self, size: int, error: Exception) -> None:
         """Stop trying to pin; ConfigError if it is required."""
@@ -174,11 +218,11 @@ def _unpinned(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cpu")
 
 
-def _locked(size: int, pages: PageLocker) -> Tensor:
-    """A uint8 tensor of `size` bytes in memory of its own, locked until the tensor is freed."""
-    array = np.frombuffer(mmap.mmap(-1, size), dtype=np.uint8)
+def _locked(memory: mmap.mmap, pages: PageLocker) -> Tensor:
+    """The memory as a uint8 tensor, locked until the tensor is freed."""
+    array = np.frombuffer(memory, dtype=np.uint8)
     tensor = torch.from_numpy(array)
-    start = tensor.data_ptr()
+    start, size = tensor.data_ptr(), len(array)
     locked: list[int] = []
     # The array outlives the tensor and all views of it, and is freed before the mapping.
     unlock = weakref.finalize(array, _unlock, pages, locked)

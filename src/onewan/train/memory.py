@@ -51,6 +51,7 @@ from onewan.model.block_parts import BlockParts
 from onewan.model.transformer import WanTransformer
 from onewan.model.vae import StripsOf
 from onewan.parallel.environment import local_count
+from onewan.parallel.machine_memory import MachineMemory
 from onewan.parallel.ranks import Ranks
 from onewan.runs.events import MemoryPlanned
 
@@ -74,10 +75,12 @@ class RunMemory:
         dropout: bool,
         notices: dict[str, None],
         shards: ShardGroup | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         """`plan` is that of `plan_run`. With `dropout`, adapters draw random numbers in the forward
         pass. Messages for the user are added to `notices`. `shards` are the processes that share
-        the weights of blocks."""
+        the weights of blocks, and `ranks` all of the run: those of a machine have frozen weights
+        that are streamed in host memory once."""
         self._variant = config.model.facts()
         self._batch_size = config.train.batch_size
         self.plan = plan
@@ -86,9 +89,11 @@ class RunMemory:
         self._given = given_settings(config, layers)
         planned = [b.settings for b in plan.buckets] if plan is not None else [self._given]
         alternates = len(self._variant.experts) > 1 and config.memory.offload_inactive_expert
-        streams = (shards is None and any(settings.streamed(layers) for settings in planned)) or (
-            shards is None and plan is not None and alternates and planned[0].checkpointing
+        streams = shards is None and (
+            any(settings.streamed(layers) for settings in planned)
+            or (plan is not None and alternates and planned[0].checkpointing)
         )
+        mapped = config.memory.host_weights == "mapped"
         self._execution = BlockExecution(
             device,
             planned[0],
@@ -96,6 +101,7 @@ class RunMemory:
                 device,
                 pinned=_PINNED[config.memory.host_weights],
                 notify=lambda message: notices.update({message: None}),
+                machine=None if ranks is None else _machine_memory(ranks, streams and not mapped),
             ),
             computation=BlockComputation(
                 frames_apart=not config.wan_config.use_temporal_attention,
@@ -103,7 +109,7 @@ class RunMemory:
                 dropout=dropout,
             ),
             streams=streams,
-            mapped=config.memory.host_weights == "mapped",
+            mapped=mapped,
             shards=shards,
         )
 
@@ -221,6 +227,12 @@ class RunMemory:
             width=width * side,
             height=height * side,
         )
+
+
+def _machine_memory(ranks: Ranks, wanted: bool) -> MachineMemory | None:
+    """The memory that the processes of this machine have in common, if all of the run want it."""
+    is_wanted = ranks.count > 1 and all(ranks.gathered(wanted))
+    return MachineMemory(ranks) if is_wanted else None
 
 
 def _cells(latents_BCFHW: Tensor) -> int:

@@ -229,6 +229,7 @@ class WanModelSetup:
             dropout=self._dropout,
             notices=self._notices,
             shards=self._shard_group(),
+            ranks=self._ranks,
         )
 
     def _place_untrained(self, model: WanModel, memory: RunMemory) -> None:
