@@ -124,7 +124,8 @@ def test_processes_of_a_machine_share_its_connection_to_others() -> None:
         (BlockSeconds(forward=5, backward=10, gather=7, reduce=4), 6, 7 + 5 * 2 + 4 * 1 + 4),
         # The last block's backward pass has a gathering beside it, the first one's gradients.
         (BlockSeconds(forward=1, backward=2, gather=3, reduce=4), 2, 3 + 2 + 1 + 2 + 4),
-        (BlockSeconds(forward=5, backward=10, gather=2, reduce=4, between=3), 6, 2 + 4 + 6 * 3),
+        (BlockSeconds(forward=5, backward=10, gather=2, reduce=4, between=3), 6, 2 + 4 + 3),
+        (BlockSeconds(forward=5, backward=10, gather=2, between=12), 6, 2 + 5 * 2 + 12),
     ],
 )
 def test_a_block_takes_as_long_as_what_takes_longest(

@@ -152,13 +152,20 @@ def test_sample_videos_are_made_at_the_same_time(plan, videos: int, at_a_time: f
     assert added_alone / added == pytest.approx(at_a_time, rel=0.01)
 
 
+def _blocks_on_host(given: Plan) -> int:
+    return given.host_peak.pinned["weights of blocks"]
+
+
 def test_processes_share_the_host_memory(plan) -> None:
-    given = plan("t2v-a14b", 2, ram="128GB")
-    half = plan("t2v-a14b", 1, ram="64GB")
-    assert given.worst == half.worst
-    assert processes(given).host_bytes == 2 * given.host_peak.host_bytes
-    assert plan("t2v-a14b", 1, ram="128GB").fits
-    crowded = plan("t2v-a14b", 4, "train.accumulation=2", ram="128GB")
+    """It has frozen weights once, and all else for each process."""
+    one, two = (plan("t2v-a14b", count, ram="512GB") for count in (1, 2))
+    assert _blocks_on_host(two) == pytest.approx(_blocks_on_host(one) / 2)
+    assert processes(two).host_bytes == 2 * two.host_peak.host_bytes
+    assert processes(two).host_bytes < 1.2 * one.host_peak.host_bytes
+    # What each process converts, it has while it loads.
+    packed = [plan("t2v-a14b", count, "memory.weights=fp8", ram="512GB") for count in (1, 2)]
+    assert _blocks_on_host(packed[0]) == _blocks_on_host(packed[1]) > 0
+    crowded = plan("t2v-a14b", 4, "memory.weights=fp8", "train.accumulation=2", ram="96GB")
     assert not crowded.fits and "host memory" in crowded.problems()[-1]
 
 

@@ -70,7 +70,7 @@ def of_rank(config: ResolvedRun, shards: int) -> RankBytes:
 
 def test_each_process_has_its_shards_of_both_experts(plan, run) -> None:
     given, one = plan(8, TOGETHER), of_rank(run(), 8)
-    assert given.fits and given.sharing == Sharing(shards=8)
+    assert given.fits and given.sharing == Sharing(shards=8, machine=8)
     device = given.worst.training.device
     assert device["shards of the blocks"] == 2 * one.shards == 2 * 2 * A14B.layers * LINEAR / 8
     assert device["weights that are not sharded"] == 2 * one.replicated
@@ -86,7 +86,7 @@ def test_each_process_has_its_shards_of_both_experts(plan, run) -> None:
 
 def test_side_by_side_a_process_has_the_optimizer_state_of_its_expert(plan, run) -> None:
     given, one = plan(8), of_rank(run(), 4)
-    assert given.sharing == Sharing(shards=4, side_by_side=True)
+    assert given.sharing == Sharing(shards=4, machine=8, side_by_side=True)
     device = given.worst.training.device
     assert device["shards of the blocks"] == 2 * one.shards
     assert device["optimizer state"] == one.state.device
@@ -232,7 +232,7 @@ def test_sums_over_machines_come_behind_those_within(plan) -> None:
     gathered, reduced = 2 * LINEAR * 7 / 8, 7 * shard
     assert found.weight_bytes == pytest.approx(79 * gathered + 40 * (reduced + shard))
     first_and_last = (gathered + reduced) / 300e9
-    assert found.waiting == pytest.approx(first_and_last + 40 * 8 * shard / 50e9)
+    assert found.waiting == pytest.approx(first_and_last + 8 * shard / 50e9)
     assert found.summing == within.summing > 0
 
 
@@ -249,7 +249,7 @@ def test_gradients_of_what_is_whole_are_summed_by_all(plan, run) -> None:
 def test_processes_that_share_a_clip_have_parts_of_its_tokens(plan) -> None:
     alone = plan(1, *LORA, TOGETHER, "memory.keep_attention=device")
     shared = plan(8, *LORA, TOGETHER, "memory.keep_attention=device")
-    assert shared.sharing == Sharing(sequence=8)
+    assert shared.sharing == Sharing(sequence=8, machine=8)
     kept = "kept for the backward pass"
     one, eighth = (p.worst.training.device[kept] for p in (alone, shared))
     assert eighth == pytest.approx(one / 8, rel=1e-3)
@@ -281,7 +281,7 @@ def test_what_processes_exchange_that_share_a_clip(plan, keep: str, exchanges: i
 
 def test_both_are_planned_together(plan) -> None:
     given = plan(8, TOGETHER, "train.accumulation=2")
-    assert given.sharing == Sharing(shards=8, sequence=4)
+    assert given.sharing == Sharing(shards=8, sequence=4, machine=8)
     found = given.processes
     assert found is not None and found.weight_bytes and found.token_bytes and given.fits
 

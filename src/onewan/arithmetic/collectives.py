@@ -126,14 +126,15 @@ class BlockSeconds:
 
         The weights of a block are gathered while the one before it computes, and the gradients of
         the one behind it are reduce-scattered, over the same connections: a block takes as long as
-        what takes longest. Nothing hides the first gathering, and the last gradients. The last
-        block stays whole until its backward pass. Sums over machines begin when the next block
-        waits for them.
+        what takes longest. Sums over machines, over other connections, follow a block later.
+        Nothing hides the first gathering, and the last gradients. The last block stays whole until
+        its backward pass.
         """
         forward = self.gather + (layers - 1) * max(0.0, self.gather - self.forward)
         if layers == 1:
             return forward + self.reduce + self.between
         backward = max(0.0, self.gather - self.backward)
-        backward += (layers - 2) * max(0.0, self.gather + self.reduce - self.backward)
-        backward += max(0.0, self.reduce - self.backward) + self.reduce
-        return forward + backward + layers * self.between
+        longest = max(self.gather + self.reduce, self.between)
+        backward += (layers - 2) * max(0.0, longest - self.backward)
+        backward += max(0.0, max(self.reduce, self.between) - self.backward)
+        return forward + backward + self.reduce + self.between

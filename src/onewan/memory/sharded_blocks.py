@@ -16,6 +16,7 @@ that do not compute it gather the weights, and send gradients of zeros, for the 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,8 +124,8 @@ class ShardedTransformer:
             tensor.data = tensor.data.to(device)
         self._gathering: dict[int, Any] = {}
         """Blocks whose weights are on the way or there, with FSDP2's handles."""
-        self._sum: GradientSum | None = None
-        """Of the gradients of the latest block, under way."""
+        self._sums = deque[GradientSum]()
+        """Of the gradients of the latest blocks, under way."""
         self._first, self._is_backward = len(self._blocks), False
         passes.add(self)
 
@@ -192,9 +193,8 @@ class ShardedTransformer:
 
     def finish(self) -> None:
         """Add what is under way to the gradients of the shards."""
-        if self._sum is not None:
-            self._sum.add()
-            self._sum = None
+        while self._sums:
+            self._sums.popleft().add()
 
     def _gather(self, index: int) -> None:
         if index not in self._gathering:
@@ -212,8 +212,14 @@ class ShardedTransformer:
                 whole.grad = None
         if not gradients:
             return
-        self.finish()  # so that two blocks' gradients exist at a time
-        self._sum = GradientSum(self.group, gradients)
+        # So that the whole gradients of two blocks exist at a time, and with replicas the sums of
+        # one block's shards between them.
+        for sums in self._sums:
+            sums.send_between()
+        under_way = 1 if self.group.mesh.size(0) == 1 else 2
+        while len(self._sums) >= under_way:
+            self._sums.popleft().add()
+        self._sums.append(GradientSum(self.group, gradients))
 
     # ------------------------------------------------------------------------------ as a placement
 

@@ -122,33 +122,50 @@ class GradientSum:
         """The weights of `gradients` are the same in all processes, in the same order."""
         self._group, self._gradients = group, gradients
         count, device = group.part.count, gradients[0].shard.device
+        self._is_between = False
+        """Whether the sum over the replicas is under way."""
         self._sizes = [
             math.prod(each.shape) // each.shape[0] * each.rows(count) for each in gradients
         ]
         self._sums = torch.empty(sum(self._sizes), device=device)
         # The last shards of a weight may be smaller, and messages have to be of one size.
-        self._sent = torch.zeros(count, len(self._sums), device=device)
-        for each, place in zip(gradients, self._sent.split(self._sizes, dim=1), strict=True):
+        sent = torch.zeros(count, len(self._sums), device=device)
+        for each, place in zip(gradients, sent.split(self._sizes, dim=1), strict=True):
             if each.whole is not None:
                 for target, rows in zip(place, each.whole.split(each.rows(count)), strict=False):
                     target[: rows.numel()] = rows.reshape(-1)
+        self._sent: Tensor | None = sent
         with group.communicating():
             self._work = _REDUCE_SCATTER(
                 self._sums,
-                self._sent.view(-1),
+                sent.view(-1),
                 group=group.mesh.get_group("shards"),
                 async_op=True,
             )
 
+    def send_between(self) -> None:
+        """Where there are replicas, begin to sum over them, once the sums over shards are there."""
+        group = self._group
+        if group.mesh.size(0) == 1 or self._is_between:
+            return
+        self._is_between = True
+        with group.communicating():
+            self._wait()
+            self._work = dist.all_reduce(
+                self._sums, group=group.mesh.get_group("replicas"), async_op=True
+            )
+
+    def _wait(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+        self._sent = None
+
     @torch.no_grad()
     def add(self) -> None:
         """Wait for the sums, and add them to the gradients of the shards."""
-        group = self._group
-        with group.communicating():
-            if self._work is not None:
-                self._work.wait()
-            if group.mesh.size(0) > 1:
-                dist.all_reduce(self._sums, group=group.mesh.get_group("replicas"))
+        self.send_between()
+        with self._group.communicating():
+            self._wait()
         for each, piece in zip(self._gradients, self._sums.split(self._sizes), strict=True):
             shard, total = each.shard, piece[: each.shard.numel()].view_as(each.shard)
             if shard.grad is None:

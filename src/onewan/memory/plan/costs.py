@@ -333,6 +333,12 @@ class RunCosts:
         values = shape.width * shape.feed_forward
         return self.compute_bytes * values + 8 * min(values, _EXPANDED_AT_A_TIME)
 
+    @property
+    def has_shared_masters(self) -> bool:
+        """Whether the processes of a machine have streamed weights in its memory once: frozen ones,
+        unless each process converts them while it loads."""
+        return self.config.memory.weights == "as_stored" and not self.is_fine_tuning
+
     def _weights_on_host(self, settings: Settings) -> dict[str, int]:
         """Masters of the blocks, and what belongs to the expert that is not on the device."""
         if self.sharing.is_sharded:
@@ -344,9 +350,11 @@ class RunCosts:
         ):
             # The system's cache of a mapped file is not counted: it is given up when needed.
             in_memory = self.config.memory.host_weights != "mapped"
+            blocks = in_memory * sum(m.shape.layers * m.block_bytes for m in models)
+            if self.has_shared_masters:
+                blocks = -(-blocks // self.sharing.machine)
             return {
-                "weights of blocks": in_memory
-                * sum(m.shape.layers * m.block_bytes for m in models),
+                "weights of blocks": blocks,
                 "weights outside the blocks": sum(m.outer_bytes for m in models[1:]),
             }
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from onewan.config.schema import ResolvedRun
 from onewan.memory.plan.machine import Machine
@@ -19,6 +19,8 @@ class Sharing:
     """Processes among which the weights of each block are sharded; 1: each has them whole."""
     sequence: int = 1
     """Processes that share the tokens of each clip in training."""
+    machine: int = 1
+    """Processes on this machine, which have frozen weights that are streamed in its memory once."""
     side_by_side: bool = False
     """Whether a process trains one of two experts only, which others train at the same time."""
 
@@ -53,4 +55,5 @@ def sharing_on(machine: Machine, config: ResolvedRun) -> Sharing:
     """
     if machine.ranks == 1:
         return ALONE
-    return sharing_in(division_of(config, machine.ranks), machine.machine_size)
+    sharing = sharing_in(division_of(config, machine.ranks), machine.machine_size)
+    return replace(sharing, machine=machine.processes)
