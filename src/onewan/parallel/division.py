@@ -166,6 +166,7 @@ def divide(
     if placement == "side_by_side" and prevented is not None:
         raise ValueError(prevented)
     everyone = tuple(range(ranks))
+    divided: list[tuple[tuple[ExpertName, ...], tuple[int, ...]]]
     if placement == "together" or prevented is not None:
         divided = [(tuple(experts), everyone)]
     else:

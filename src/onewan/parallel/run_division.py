@@ -17,6 +17,7 @@ from onewan.config.resolve import trained_experts
 from onewan.config.schema import RunConfig
 from onewan.errors import ConfigError
 from onewan.parallel.division import Division, divide
+from onewan.variants import ExpertName
 
 _BY_ELEMENT = (AdamWOptimizer, AdamWScheduleFreeOptimizer, LionOptimizer, SgdOptimizer)
 """Optimizers that compute each element of a weight by itself, so that a shard is enough."""
@@ -27,7 +28,7 @@ def division_of(config: RunConfig, ranks: int) -> Division:
 
     ConfigError, with all problems, if the run file asks for what so many processes can't do.
     """
-    experts = [expert.name for expert in trained_experts(config)]
+    experts: list[ExpertName] = [expert.name for expert in trained_experts(config)]
     is_fine_tuned = isinstance(config.method, FineTuneMethod)
     weights = config.parallel.weights
     if weights == "auto":

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from onewan.checkpoint.store import DamagedStateError
-from onewan.errors import CheckpointError
+from onewan.errors import CheckpointError, Interrupted, RankError
 from onewan.files import read_input
 from onewan.formats.backends import first_line
 from onewan.formats.write import write_safetensors
@@ -108,7 +108,7 @@ def write_facts(folder: Path, facts: StateFacts) -> None:
 def read_facts(folder: Path) -> StateFacts:
     """The facts of the state in `folder`, whose name is the number of its step."""
     file = folder / FACTS_FILE
-    with _reading(file):
+    with reading(file):
         content = read_input(file, _MAX_FACTS_BYTES)
     try:
         facts = StateFacts.model_validate_json(content)
@@ -134,7 +134,7 @@ def write_weights(file: Path, weights: Mapping[str, Tensor]) -> None:
 
 def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file; all values are finite."""
-    with _reading(file):
+    with reading(file):
         weights = load_file(file)
     check_finite_weights(file, weights)
     return weights
@@ -169,7 +169,7 @@ def write_optimizer(file: Path, saved: SavedOptimizer) -> None:
 
 def read_optimizer(file: Path) -> SavedOptimizer:
     """What `write_optimizer` has written, with its tensors on the CPU."""
-    with _reading(file), warnings.catch_warnings():
+    with reading(file), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged files, about the protocol that they name
         # weights_only: a state may come from elsewhere, and a pickle can run code.
         content = torch.load(file, weights_only=True, map_location="cpu")
@@ -183,11 +183,12 @@ def read_optimizer(file: Path) -> SavedOptimizer:
 
 
 @contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn whatever reading `file` raises into a DamagedStateError that names it."""
+def reading(file: Path) -> Iterator[None]:
+    """Turn whatever reading `file` raises into a DamagedStateError that names it, but not that
+    another process has failed which reads it too."""
     try:
         yield
-    except DamagedStateError:
+    except (DamagedStateError, Interrupted, RankError):
         raise
     except FileNotFoundError as error:
         raise DamagedStateError(f"{file}: is missing") from error

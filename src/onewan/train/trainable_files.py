@@ -9,21 +9,19 @@ what else the optimizer has. Either can be read by any number of processes: each
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onewan.checkpoint.store import DamagedStateError
-from onewan.formats.backends import first_line
 from onewan.train.saved_state import (
     SavedOptimizer,
     check_finite_weights,
     read_optimizer,
     read_weights,
+    reading,
     write_optimizer,
     write_weights,
 )
@@ -83,7 +81,7 @@ def saved_optimizer(folder: Path, name: str, sharding: Sharding | None) -> Saved
     shards = _shards_of(folder, name)
     if shards.is_dir():
         found = _read_shards(shards, (_STATES, _RESIDUALS), sharding)
-        with _reading(folder / f"{name}_optimizer.pt"):
+        with reading(folder / f"{name}_optimizer.pt"):
             for key, tensor in found.items():
                 kind, _, place = key.partition("/")
                 if kind == _RESIDUALS:
@@ -93,7 +91,7 @@ def saved_optimizer(folder: Path, name: str, sharding: Sharding | None) -> Saved
                 state = {**entries[place]["state"], part: tensor}
                 entries[place] = {**entries[place], "state": state}
     if sharding is not None:
-        with _reading(folder / f"{name}_optimizer.pt"):
+        with reading(folder / f"{name}_optimizer.pt"):
             entries = {key: sharding.local_entry(key, value) for key, value in entries.items()}
     return SavedOptimizer(optimizer=saved.optimizer, weights=entries)
 
@@ -173,20 +171,16 @@ def _read_shards(
     """This process's rows of the tensors of `kinds` in `folder`, by their names there."""
     import torch.distributed.checkpoint as dcp
 
-    with _reading(folder), warnings.catch_warnings():
+    with reading(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it runs in a single process
         reader = dcp.HuggingFaceStorageReader(str(folder))
         wanted = dict[str, Any]()
-        for key, found in reader.read_metadata().state_dict_metadata.items():
+        found: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
+        for key, tensor in found.items():
             kind, _, place = key.partition("/")
-            if kind not in kinds:
-                continue
-            name = place.rpartition("/")[0] if kind == _STATES else place
-            whole = torch.empty(found.size, dtype=found.properties.dtype, device="meta")
-            local = whole if sharding is None else sharding.local(name, whole)
-            tensor = torch.empty(local.shape, dtype=local.dtype)
-            is_split = sharding is not None and name in sharding.shapes
-            wanted[key] = sharding.group.sharded(tensor, whole.shape) if is_split else tensor
+            if kind in kinds:
+                name = place.rpartition("/")[0] if kind == _STATES else place
+                wanted[key] = _empty(sharding, name, tensor.size, tensor.properties.dtype)
         if sharding is None:
             dcp.load(wanted, storage_reader=reader, no_dist=True)
         else:
@@ -197,15 +191,10 @@ def _read_shards(
     }
 
 
-@contextmanager
-def _reading(place: Path) -> Iterator[None]:
-    """Turn whatever reading `place` raises into a DamagedStateError that names it."""
-    from onewan.errors import OnewanError
-
-    try:
-        yield
-    except OnewanError:
-        raise
-    # A few flipped bits make the libraries raise nearly any type of exception.
-    except Exception as error:
-        raise DamagedStateError(f"{place}: can't be read ({first_line(error)})") from error
+def _empty(sharding: Sharding | None, name: str, shape: torch.Size, dtype: torch.dtype) -> Any:
+    """A tensor of the weight `name` to load into, of this process's rows where it is sharded."""
+    if sharding is None or name not in sharding.shapes:
+        return torch.empty(shape, dtype=dtype)
+    whole = torch.empty(shape, dtype=dtype, device="meta")
+    local = torch.empty(sharding.local(name, whole).shape, dtype=dtype)
+    return sharding.group.sharded(local, shape)

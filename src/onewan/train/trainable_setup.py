@@ -184,8 +184,9 @@ def attach_expert(
 
 def _replicated(method: ExpertMethod | None) -> list[nn.Parameter]:
     """What is trained beside the weights, and so is never sharded."""
-    is_beside = method is not None and not isinstance(method, FullFineTune)
-    return list(method.parameters.values()) if is_beside else []
+    if method is None or isinstance(method, FullFineTune):
+        return []
+    return list(method.parameters.values())
 
 
 def _sharding(method: ExpertMethod, sharded: ShardedTransformer | None) -> Sharding | None:
