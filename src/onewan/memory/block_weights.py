@@ -9,7 +9,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onewan.memory.copy_queue import Event
-from onewan.memory.host_memory import HostMemory, SharedBuffer
+from onewan.memory.host_memory import HostBuffer, HostMemory
 
 ALIGNMENT = 256
 """Bytes at whose multiples tensors start in a buffer, as in PyTorch's own allocations (512):
@@ -152,13 +152,19 @@ class BlockWeights:
         """
         if mapped and trained:
             raise ValueError("weights that are trained need masters: a mapped file is not written")
+        if mapped:
+            return cls([_take_mapped(block) for block in blocks])
         layouts = [FlatLayout.of(_tensors_of(block, trained=trained)) for block in blocks]
         sizes = [-(-layout.size // ALIGNMENT) * ALIGNMENT for layout in layouts]
-        shared = None if mapped or trained else host.shared(sum(sizes))
+        shared = None if trained else host.shared(sum(sizes))
         if shared is None:
-            return cls([_take(block, host, mapped=mapped, trained=trained) for block in blocks])
-        parts = zip(blocks, shared.tensor.split(sizes), strict=True)
-        taken = [_take_shared(block, shared, flat) for block, flat in parts]
+            return cls([_take(block, host.allocate, trained=trained) for block in blocks])
+        parts = iter(shared.tensor.split(sizes))
+
+        def part(size: int) -> HostBuffer:
+            return HostBuffer(next(parts)[:size], is_pinned=shared.is_pinned)
+
+        taken = [_take(block, part, writes=shared.is_writer) for block in blocks]
         shared.written()
         return cls(taken)
 
@@ -193,50 +199,44 @@ class BlockWeights:
                     )
 
 
-def _take(block: nn.Module, host: HostMemory, *, mapped: bool, trained: bool) -> BlockInHostMemory:
-    tensors = _tensors_of(block, trained=trained)
+def _take_mapped(block: nn.Module) -> BlockInHostMemory:
+    """A block without a master, whose tensors stay where they are."""
+    tensors = _tensors_of(block, trained=False)
     layout = FlatLayout.of(tensors)
-    if mapped:
-        in_host = [tensor.detach().contiguous() for tensor in tensors]
-        sources = [
-            (part.offset, _bytes(tensor))
-            for part, tensor in zip(layout.parts, in_host, strict=True)
-            if part.size
-        ]
-        is_pinned = False
-    else:
-        master = host.allocate(layout.size)
-        in_host = layout.views(master.tensor)
-        sources = [(0, master.tensor)]
-        is_pinned = master.is_pinned
-        for tensor, view in zip(tensors, in_host, strict=True):
-            view.copy_(tensor)
-            tensor.data = view  # frees the tensor's former memory
+    in_host = [tensor.detach().contiguous() for tensor in tensors]
+    sources = [
+        (part.offset, _bytes(tensor))
+        for part, tensor in zip(layout.parts, in_host, strict=True)
+        if part.size
+    ]
     return BlockInHostMemory(
-        tensors=tensors,
-        layout=layout,
-        host=in_host,
-        sources=sources,
-        is_pinned=is_pinned,
+        tensors=tensors, layout=layout, host=in_host, sources=sources, is_pinned=False
     )
 
 
-def _take_shared(block: nn.Module, shared: SharedBuffer, flat: Tensor) -> BlockInHostMemory:
-    """A block whose master is the part `flat` of a buffer that other processes have too."""
-    tensors = _tensors_of(block, trained=False)
+def _take(
+    block: nn.Module,
+    allocate: Callable[[int], HostBuffer],
+    *,
+    trained: bool = False,
+    writes: bool = True,
+) -> BlockInHostMemory:
+    """A block with a master of so many bytes from `allocate`, which this process fills if it
+    `writes`."""
+    tensors = _tensors_of(block, trained=trained)
     layout = FlatLayout.of(tensors)
-    master = flat[: layout.size]
-    in_host = layout.views(master)
+    master = allocate(layout.size)
+    in_host = layout.views(master.tensor)
     for tensor, view in zip(tensors, in_host, strict=True):
-        if shared.is_writer:
+        if writes:
             view.copy_(tensor)
         tensor.data = view  # frees the tensor's former memory
     return BlockInHostMemory(
         tensors=tensors,
         layout=layout,
         host=in_host,
-        sources=[(0, master)],
-        is_pinned=shared.is_pinned,
+        sources=[(0, master.tensor)],
+        is_pinned=master.is_pinned,
     )
 
 
