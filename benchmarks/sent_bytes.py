@@ -89,7 +89,7 @@ def bytes_sent() -> int:
 def _connections() -> Iterator[tuple[int, int]]:
     """(the other end's port, bytes sent) of each."""
     for entry in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # closed meanwhile, no socket, not connected
+        with suppress(OSError):  # closed since, no socket, not connected
             if not os.readlink(entry).startswith("socket:"):
                 continue
             with socket.socket(fileno=os.dup(int(entry.name))) as found:
