@@ -129,14 +129,26 @@ def test_the_base_of_adapters_is_sharded_if_that_is_wanted(
         assert_close(one, trainer.train(f"{processes}", processes), 1e-5)
 
 
-@pytest.mark.parametrize("choice", ["kahan", "adamw_schedule_free", "lion", "sgd"])
+CHOICES = {
+    "Kahan sums": KAHAN,
+    "some layers, in float32": [
+        "method={kind: fine_tune, weights: float32, modules: [self_attention, biases]}",
+        "model.dtype=bfloat16",
+    ],
+    **{
+        name: [FLOAT32, f"optimizer.name={name}"] for name in ("adamw_schedule_free", "lion", "sgd")
+    },
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
 def test_two_processes_with_a_batch_each_have_the_bits_of_one(
     run_file: RunFile, tmp_path: Path, choice: str
 ) -> None:
-    """Every optimizer that computes each value by itself, and Kahan sums of bfloat16 weights."""
-    method = KAHAN if choice == "kahan" else [FLOAT32, f"optimizer.name={choice}"]
+    """Every optimizer that computes each value by itself, Kahan sums of bfloat16 weights, and
+    blocks of which some layers are trained, in another dtype."""
     settings = [
-        *(SHORT, *method, "optimizer.lr=0.001", "train.accumulation=2", "train.steps=4"),
+        *(SHORT, *CHOICES[choice], "optimizer.lr=0.001", "train.accumulation=2", "train.steps=4"),
         *("train.max_grad_norm=null", "train.ema={decay: 0.9}", "validation={clips: 2, every: 2}"),
     ]
     trainer = Trainer(run_file=run_file, folder=tmp_path, variant="ti2v-5b", settings=settings)

@@ -166,14 +166,16 @@ class Connection:
                 ],
             )
         shape = (self.count // len(members), len(members) // shards, shards)
+        names = ("experts", "replicas", "shards")
         with self.waiting():
-            mesh = init_device_mesh(
-                self._device.type, shape, mesh_dim_names=("experts", "replicas", "shards")
-            )
+            host_mesh = mesh = init_device_mesh(self._device.type, shape, mesh_dim_names=names)
+            if not is_host(self._device):
+                host_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         return ShardGroup(
             ranks=self,
             members=tuple(members),
             mesh=mesh["replicas", "shards"],
+            host_mesh=host_mesh["replicas", "shards"],
             process_group=self._groups[tuple(members)],
         )
 

@@ -60,6 +60,8 @@ class ShardGroup:
     """All of them. They are `mesh`, in rows."""
     mesh: DeviceMesh
     """[replicas, shards]: processes of a row have different shards, those of a column the same."""
+    host_mesh: DeviceMesh
+    """The same of tensors in host memory."""
     process_group: dist.ProcessGroup
     """For messages among the members."""
 
@@ -79,11 +81,17 @@ class ShardGroup:
         return whole[self.rows(len(whole))].clone()
 
     def sharded(self, local: Tensor, shape: Sequence[int]) -> DTensor:
-        """The weight of the `shape` of which each process has its rows in `local`."""
+        """The weight of the `shape` of which each process has its rows in `local`, in host
+        memory."""
         size = torch.Size(shape)
         stride = torch.empty(size, device="meta").stride()
         return DTensor.from_local(
-            local, self.mesh, [Replicate(), Shard(0)], run_check=False, shape=size, stride=stride
+            local.cpu(),
+            self.host_mesh,
+            [Replicate(), Shard(0)],
+            run_check=False,
+            shape=size,
+            stride=stride,
         )
 
     def total(self, tensor: Tensor) -> Tensor:
