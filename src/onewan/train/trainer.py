@@ -335,7 +335,9 @@ class WanTrainer:
                 recorded = run.recorded
                 self._follow_settings(run)
             requested = self._steering.samples(run)
-            due, stops = self._due(run), signalled or self._take("stop")
+            due = self._due(run)
+            # Also a signal of this moment: others hear of it now as well.
+            stops = signalled or self._stop_signals.requested or self._take("stop")
         request = next(requested, None)
         told = recorded, due, stops, request is not None
         recorded, due, stops, is_requested = self._ranks.from_first(told)
