@@ -106,7 +106,7 @@ def _refused(config: RunConfig, division: Division) -> Iterator[str]:
     if config.memory.weights not in {"as_stored", "bf16"}:
         yield (
             f"memory.weights: {config.memory.weights} packs weights, which can't be sharded; set "
-            "it to bf16, or parallel.weights to replicated"
+            "it to as_stored, or parallel.weights to replicated"
         )
     if not config.memory.gradient_checkpointing:
         yield (
