@@ -77,6 +77,12 @@ def collective_backend(device: torch.device) -> str | None:
     return None if is_host(device) else backends.get(device.type)
 
 
+def make_current(device: torch.device) -> None:
+    """Make `device` the one that PyTorch takes where none is named, as FSDP2 and NCCL do."""
+    if is_accelerator(device) and device.index is not None:
+        _module(device).set_device(device)
+
+
 def accelerator() -> torch.device | None:
     """The accelerator that PyTorch finds and computes on by default, without an index; None if
     there is none. A build of PyTorch is for one type of accelerator."""

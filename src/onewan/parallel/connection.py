@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from onewan.devices import collective_backend, is_host
+from onewan.devices import collective_backend, is_host, make_current
 from onewan.errors import ConfigError, Interrupted, RankError
 from onewan.parallel.bucket_sums import BucketSums
 from onewan.parallel.meeting import Meeting
@@ -83,6 +83,7 @@ class Connection:
             # Its own connection: others wait in theirs until a key is there.
             signs = dist.PrefixStore(f"onewan/{meeting.name}", store.clone())
             watch = Watch(signs, own, patience=timeout, tell=tell)
+        make_current(device)
         backend = collective_backend(device)
         devices = frozenset[str]() if backend is None else frozenset({device.type})
         watch.start()
