@@ -63,8 +63,8 @@ def _record_peaks(patch: pytest.MonkeyPatch, peaks: Counter[str]) -> None:
         whole = sum(p.parameter.grad.nbytes for p in places if p.parameter.grad is not None)
         peaks["block gradients"] = max(peaks["block gradients"], whole)
         send(self, index)
-        if self._sum is not None:
-            sent = self._sum._sent.nbytes + self._sum._sums.nbytes
+        if self._sums and (latest := self._sums[-1])._sent is not None:
+            sent = latest._sent.nbytes + latest._sums.nbytes
             peaks["reduced gradients"] = max(peaks["reduced gradients"], sent)
 
     patch.setattr(ShardedTransformer, "use", recorded_use)

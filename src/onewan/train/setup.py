@@ -81,6 +81,8 @@ class WanModelSetup:
         self._notices: dict[str, None] = {}  # an ordered set: each notice once
         self._sources: Sources | None = None
         """Files of the model, once they are checked."""
+        self._trains = True
+        """Whether the processes are those that train the run."""
         self._encoding_plan: Plan | None = None
         """The plan before anything is encoded; None on the CPU."""
 
@@ -97,18 +99,28 @@ class WanModelSetup:
         None on the CPU. Refuses clips that can't be trained on, and a run that does not fit."""
         check_captions(self._config, clips)
         config = self._with_known_steps(clips)
-        check_tokens(config, clips, self._division.sequence)
+        check_tokens(config, clips, self._sequence)
         return config, self._plan(config, clips)
 
     def _plan(self, config: ResolvedRun, clips: Sequence[Clip]) -> Plan | None:
         """As `plan_run`. Processes that share the tokens of clips have the same plan: it decides
         what they exchange, and in which order."""
-        same = self._division.sequence > 1
-        return plan_run(config, self._residency.device, clips, self._chunks, self._ranks, same=same)
+        same, ranks = self._sequence > 1, self._ranks
+        if not self._trains:
+            try:
+                division_of(config, ranks.count)
+            except ConfigError:  # so many can encode what they can't train
+                ranks = None
+        return plan_run(config, self._residency.device, clips, self._chunks, ranks, same=same)
 
     @property
     def _division(self) -> Division:
         return division_of(self._config, self._ranks.count)
+
+    @property
+    def _sequence(self) -> int:
+        """The number of processes that share the tokens of a clip."""
+        return self._division.sequence if self._trains else 1
 
     @property
     def initial_digests(self) -> dict[ExpertName, str]:
@@ -118,7 +130,9 @@ class WanModelSetup:
     def dataset(
         self, samples: list[SampleRequest], progress: ProgressCallback, *, verify: bool = False
     ) -> Dataset:
-        """The data set with every missing entry encoded, which is all that `onewan cache` does."""
+        """The data set with every missing entry encoded, which is all that `onewan cache` does.
+        Any number of processes can encode it, also more than could train the run."""
+        self._trains = False
         initial = initial_adapters(self._config)
         dataset, _ = self._encode_dataset(samples, initial, progress, verify=verify)
         return dataset
@@ -308,7 +322,7 @@ class WanModelSetup:
                 initial,
                 distilled_files(self._config),
                 self._residency.device,
-                self._division.sequence,
+                self._sequence,
             )
             self._sources = sources
         return self._sources
