@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="signals of Linux are used"),
 ]
 
-KILLS = int(os.environ.get("ONEWAN_TEST_KILLS", "20"))
+KILLS = int(os.environ.get("ONEWAN_TEST_KILLS", "14"))
 """How many processes are killed, in all tests together."""
 CONNECTING = 0.6
 """Seconds in which processes that were just started connect with each other, about."""
