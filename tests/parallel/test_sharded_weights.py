@@ -21,7 +21,7 @@ from support.equal_runs import (
     settings_of,
     vectors,
 )
-from support.runs import CLASS_WORD, RunFile, layout_of
+from support.runs import CLASS_WORD, METHODS, RunFile, layout_of
 from support.tiny_models import TinyModels
 from support.torchrun import together, train
 
@@ -127,6 +127,22 @@ def test_the_base_of_adapters_is_sharded_if_that_is_wanted(
     one = trainer.train("one")
     for processes in (2, 4):
         assert_close(one, trainer.train(f"{processes}", processes), 1e-5)
+
+
+def test_embeddings_beside_a_sharded_base_are_saved(
+    run_file: RunFile, tmp_path: Path, workshop: Path
+) -> None:
+    settings = [
+        *(SHORT, "parallel.weights=sharded", *METHODS["embedding"], "train.accumulation=2"),
+        f"video_data.sources=[{{path: {(workshop / 'named clips').as_posix()}}}]",
+        *("train.steps=4", "train.save_every=2"),
+    ]
+    trainer = Trainer(run_file=run_file, folder=tmp_path, variant="ti2v-5b", settings=settings)
+    one = trainer.train("one")
+    trainer.train("two", 2, stop_after=2)
+    two = trainer.train("two", 2, resume=True)
+    assert "4/embeddings" in vectors(two)
+    assert_close(one, two, 1e-5)
 
 
 CHOICES = {

@@ -124,7 +124,10 @@ class StateSaver:
         step, ranks = run.state.step, run.ranks
         if not run.division.is_sharded:
             return self._store.save(step, partial(self._write, run, run.state.trainables))
-        own = run.trained_by(run.group)
+        # What has no shards, such as adapters and embeddings, is written by one process.
+        trained = [*run.trained_by(run.group), run.state.embeddings]
+        is_speaker = ranks.rank == run.group.first
+        own = [each for each in trained if each and (is_speaker or each.sharding is not None)]
         told = not ranks.is_first
 
         def write_together(folder: Path) -> None:
